@@ -1,0 +1,57 @@
+# make demo    install into .venv, then train fused and plain units side by side
+# make test    install into .venv, then run the tests (PYTEST="-k name" narrows them)
+# make bench   install into .venv, then time every primitive and unit
+# make build   what the three above do first
+# make clean   remove what was built; make distclean removes .venv too
+# PYTHON, VENV and TORCH choose others, for example: make test VENV=/tmp/venv TORCH="torch==2.13.0"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.10
+PYTEST ?=
+
+override VENV := $(abspath $(VENV))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+.SHELLFLAGS := -ec
+
+.PHONY: demo test bench build clean distclean
+.DELETE_ON_ERROR:
+
+demo: build
+	@$(BIN)/resnet-fused demo
+
+test: build
+	@$(BIN)/python -m pytest $(PYTEST)
+
+bench: build
+	@$(BIN)/python -m pytest bench $(PYTEST)
+
+# The compiled parts are ninja's business: it is asked each time and does what has changed.
+build: $(VENV)/.installed
+	@echo "== Building what has changed"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+# A copy of pyproject.toml as it was installed, and the torch that was asked for.
+$(VENV)/.installed: pyproject.toml resnet_fused/version.py $(if $(filter-out $(file <$(VENV)/.torch),$(TORCH)),again)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python >= 3.11 is needed, but got " \
+	    + "%d.%d from $(PYTHON); set PYTHON=/path/to/python" % v[:2])'
+	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== Installing $(TORCH) and the build's tools into $(VENV) (the first time takes minutes)"
+	@$(PIP) install '$(TORCH)' 'setuptools>=77' ninja 'pybind11>=2.13'
+	@printf '%s' '$(TORCH)' > $(VENV)/.torch
+	@echo "== Building the operators"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "== Installing resnet_fused and what its demo, tests and benchmarks need"
+	@$(PIP) install --no-build-isolation --editable '.[demo,test,bench]'
+	@touch $@
+
+.PHONY: again
+again:
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache resnet_fused/lib resnet_fused/_C.*.so
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
