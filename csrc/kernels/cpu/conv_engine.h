@@ -1,0 +1,334 @@
+// What the three convolution kernels share: a padded, channel-blocked copy of a band of input rows in thread-local
+// scratch (normalised and activated on the way), packed weights, and the register tile that multiplies them.
+//
+// Scratch layout: [channel block][row][column slot][one vector]. The distance between neighbouring columns is one
+// vector, a compile-time constant, so that every operand address of the register tile is base + displacement.
+// Columns are grouped by their residue modulo the stride, which makes a strided convolution read neighbours too.
+#pragma once
+
+#include "../cpu_kernels.h"
+#include "simd.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+// A mode is how products are formed. Unit: what one multiply reads of the input (a value, or a pair of bf16 values).
+struct ModeF32 {
+  typedef float Unit;
+  typedef float A;
+  typedef vfloat UnitVec;
+  static constexpr int kUnitChannels = 1;
+  RF_INLINE vfloat fma(vfloat acc, float unit, vfloat w) { return acc + splat<float>(unit) * w; }
+};
+struct ModeF64 {
+  typedef double Unit;
+  typedef double A;
+  typedef vdouble UnitVec;
+  static constexpr int kUnitChannels = 1;
+  RF_INLINE vdouble fma(vdouble acc, double unit, vdouble w) { return acc + splat<double>(unit) * w; }
+};
+#if RF_LEVEL >= 3
+// vdpbf16ps: acc[i] += u.lo * w[i].lo + u.hi * w[i].hi, accumulated in float32.
+struct ModeBf16Pair {
+  typedef uint32_t Unit;
+  typedef float A;
+  typedef vuint32 UnitVec;
+  static constexpr int kUnitChannels = 2;
+  RF_INLINE vfloat fma(vfloat acc, uint32_t unit, vuint32 w) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)unit), (__m512bh)w);
+  }
+};
+#endif
+
+template <typename M> constexpr int kBlock = RF_VECTOR_BYTES / sizeof(typename M::Unit);  // units in a vector
+template <typename M> RF_INLINE typename M::UnitVec load_units(const typename M::Unit* p) {
+  typename M::UnitVec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Which mode multiplies activations of type T at this level.
+template <typename T> struct ModeOf { typedef ModeF32 type; };
+template <> struct ModeOf<double> { typedef ModeF64 type; };
+#if RF_LEVEL >= 3
+template <> struct ModeOf<bf16> { typedef ModeBf16Pair type; };
+#endif
+
+// Runs a lambda over tasks on the caller's threads.
+template <typename F> static void parallel_for(const Parallel& parallel, int64_t tasks, const F& body) {
+  parallel.run(
+      tasks, [](int64_t index, void* context) { (*static_cast<const F*>(context))(index); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+RF_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RF_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------------------- scratch
+
+// The band of rows [row0, row0 + rows) and columns [col0, col0 + cols) of an image, in coordinates that may lie outside.
+struct BandLayout {
+  int64_t channels;
+  int64_t rows, cols;
+  int64_t col_stride;      // columns are grouped by residue modulo this
+  int64_t plane;           // column slots per residue
+  int64_t slots;           // col_stride * plane
+  int64_t blocks;          // channel blocks
+};
+
+template <typename M>
+static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_t col_stride) {
+  BandLayout b;
+  b.channels = channels;
+  b.rows = rows;
+  b.cols = cols;
+  b.col_stride = col_stride;
+  b.plane = divide_up(cols, col_stride);
+  b.slots = b.plane * col_stride;
+  b.blocks = divide_up(channels, int64_t(kBlock<M>) * M::kUnitChannels);
+  return b;
+}
+template <typename M> static int64_t band_units(const BandLayout& b) { return b.blocks * b.rows * b.slots * kBlock<M>; }
+
+// The prologue: null bn means none.
+template <typename A> struct Prologue {
+  const A* scale;
+  const A* shift;
+  A slope;
+  bool relu;
+};
+template <typename A> static Prologue<A> make_prologue(const void* bn, int64_t channels, double slope) {
+  const A* rows = static_cast<const A*>(bn);
+  return Prologue<A>{rows ? rows + 2 * channels : nullptr, rows ? rows + 3 * channels : nullptr, A(slope), slope == 0};
+}
+
+// One vector of channels of one pixel, normalised and activated; `valid` channels, the rest 0.
+template <typename T>
+RF_INLINE Vec<Acc<T>> load_activation(const T* x, int64_t channel, int valid, const Prologue<Acc<T>>& pro) {
+  typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
+  if (valid >= L) {
+    Vec<A> v = load(x);
+    if (pro.scale)
+      v = activate<A>(preact(v, load(pro.scale + channel), load(pro.shift + channel)), splat<A>(pro.slope), pro.relu);
+    return v;
+  }
+  A buffer[L] = {};
+  for (int i = 0; i < valid; ++i) {
+    A v = load1(x + i);
+    if (pro.scale) v = activate1<A>(preact(v, pro.scale[channel + i], pro.shift[channel + i]), pro.slope, pro.relu);
+    buffer[i] = v;
+  }
+  return load(buffer);
+}
+
+// Writes one block (a vector of units) of one pixel.
+template <typename M, typename T>
+RF_INLINE void fill_block(typename M::Unit* dst, const T* x, int64_t channel, int64_t channels,
+                          const Prologue<Acc<T>>& pro) {
+  typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
+  if constexpr (M::kUnitChannels == 1) {
+    const Vec<A> v = load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro);
+    store(dst, rounded<T>(v));
+  } else {
+    T* out = reinterpret_cast<T*>(dst);
+    if (!pro.scale && channels - channel >= 2 * L) {
+      memcpy(out, x + channel, 2 * L * sizeof(T));
+      return;
+    }
+#if RF_LEVEL >= 3
+    const vfloat lo = load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro);
+    vfloat hi = {};
+    if (channels - channel > L)
+      hi = load_activation<T>(x + channel + L, channel + L, int(min64(L, channels - channel - L)), pro);
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
+    memcpy(out, &both, sizeof both);
+#endif
+  }
+}
+
+// Fills a band from an image [height, width, channels]. Outside the image: zero, for padding comes after the activation.
+template <typename M, typename T>
+static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* image, int64_t height, int64_t width,
+                      int64_t row0, int64_t col0, const Prologue<Acc<T>>& pro) {
+  constexpr int B = kBlock<M>;
+  const int64_t block_channels = int64_t(B) * M::kUnitChannels;
+  const int64_t inside_begin = min64(b.cols, max64(0, -col0)), inside_end = max64(inside_begin, min64(b.cols, width - col0));
+  for (int64_t block = 0; block < b.blocks; ++block) {
+    const int64_t channel = block * block_channels;
+    for (int64_t row = 0; row < b.rows; ++row) {
+      typename M::Unit* out = scratch + (block * b.rows + row) * b.slots * B;
+      const int64_t h = row0 + row;
+      if (h < 0 || h >= height) {
+        memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
+        continue;
+      }
+      const T* in = image + (h * width + col0) * b.channels;
+      if (b.col_stride == 1) {
+        memset(out, 0, size_t(inside_begin) * B * sizeof(typename M::Unit));
+        for (int64_t j = inside_begin; j < inside_end; ++j)
+          fill_block<M, T>(out + j * B, in + j * b.channels, channel, b.channels, pro);
+        memset(out + inside_end * B, 0, size_t(b.slots - inside_end) * B * sizeof(typename M::Unit));
+      } else {
+        memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
+        for (int64_t j = inside_begin; j < inside_end; ++j)
+          fill_block<M, T>(out + ((j % b.col_stride) * b.plane + j / b.col_stride) * B, in + j * b.channels, channel,
+                           b.channels, pro);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- weights
+
+// A block of output channels is one or two vectors wide.
+template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
+
+struct PackLayout {
+  int64_t in_channels, out_channels;
+  int64_t in_units;   // channel units, padded only to whole units
+  int64_t taps;
+  int64_t out_blocks;
+};
+template <typename M> static PackLayout make_pack(int64_t in_channels, int64_t out_channels, int64_t taps) {
+  return PackLayout{in_channels, out_channels, divide_up(in_channels, M::kUnitChannels), taps,
+                    divide_up(out_channels, kOutBlock<typename M::A>)};
+}
+// Vectors per unit of an output block: the last block may be narrow.
+template <typename M> RF_INLINE int pack_vectors(const PackLayout& pack, int64_t out_block) {
+  typedef typename M::A A;
+  return pack.out_channels - out_block * kOutBlock<A> > kLanes<A> ? 2 : 1;
+}
+template <typename M> static int64_t pack_units(const PackLayout& pack) {
+  return pack.out_blocks * pack.taps * pack.in_units * kOutBlock<typename M::A>;
+}
+template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack, int64_t out_block) {
+  return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
+}
+
+// One value of the weight as it is used: rounded to the activation dtype.
+template <typename T> RF_INLINE Acc<T> weight_value(const void* weight, const WeightLayout& layout, int64_t offset) {
+  if (layout.is_acc) return rounded1<T>(static_cast<const Acc<T>*>(weight)[offset]);
+  return load1(static_cast<const T*>(weight) + offset);
+}
+
+// Packs [tap][in unit][out lane] of one output block. taps_r/taps_s: the kernel position of every tap.
+template <typename M, typename T>
+static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t out_block, const void* weight,
+                       const WeightLayout& layout, int64_t in_stride, int64_t out_stride, const int32_t* taps_r,
+                       const int32_t* taps_s) {
+  typedef typename M::A A;
+  const int64_t width = pack_vectors<M>(pack, out_block) * kLanes<A>;
+  const int64_t first = out_block * kOutBlock<A>;
+  const int64_t valid = min64(width, pack.out_channels - first);
+  for (int64_t tap = 0; tap < pack.taps; ++tap) {
+    const int64_t base = taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s + first * out_stride;
+    for (int64_t unit = 0; unit < pack.in_units; ++unit, out += width) {
+      for (int64_t lane = 0; lane < width; ++lane) {
+        if constexpr (M::kUnitChannels == 1) {
+          out[lane] = lane < valid ? weight_value<T>(weight, layout, base + unit * in_stride + lane * out_stride) : A(0);
+        } else {
+          uint32_t pair = 0;
+          for (int64_t half = 0; half < 2 && lane < valid; ++half) {
+            const int64_t channel = 2 * unit + half;
+            if (channel >= pack.in_channels) break;
+            const A value = weight_value<T>(weight, layout, base + channel * in_stride + lane * out_stride);
+            pair |= uint32_t(float_to_bf16(value).bits) << (16 * half);
+          }
+          out[lane] = pair;
+        }
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- register tile
+
+// Pixels in a register tile: as many accumulators as the register file holds beside the operands.
+constexpr int kTilePixels = RF_VECTOR_REGISTERS == 32 ? 14 : 6;
+
+template <typename M> struct TileInput {
+  const int64_t* tap_offsets;  // in units, relative to the tile's first pixel
+  int64_t taps;
+  int64_t block_stride;        // units from one channel block to the next
+  int64_t in_units;
+};
+
+// out[pixel][vector] = sum over taps and channel units of in * weight.
+template <typename M, int NP, int NV>
+__attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M::Unit* in, const typename M::Unit* w,
+                                         typename M::A* out) {
+  typedef typename M::A A;
+  constexpr int B = kBlock<M>, L = kLanes<A>;
+  Vec<A> acc[NP][NV];
+#pragma GCC unroll 16
+  for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[p][v] = Vec<A>{};
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const typename M::Unit* block = in + t.tap_offsets[tap];
+    for (int64_t left = t.in_units; left > 0; left -= B, block += t.block_stride) {
+      const typename M::Unit* a = block;
+      const typename M::Unit* end = a + (left < B ? left : B);
+      for (; a != end; ++a, w += NV * L) {
+        typename M::UnitVec wv[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) wv[v] = load_units<M>(w + v * L);
+#pragma GCC unroll 16
+        for (int p = 0; p < NP; ++p) {
+          const typename M::Unit unit = a[p * B];
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], unit, wv[v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(out + (p * NV + v) * L, acc[p][v]);
+}
+
+template <typename M> using ConvTile = void (*)(const TileInput<M>&, const typename M::Unit*, const typename M::Unit*,
+                                                typename M::A*);
+
+template <typename M, int NV> static ConvTile<M> conv_tile_of(int pixels) {
+  switch (pixels) {
+    case 1: return conv_tile<M, 1, NV>;
+    case 2: return conv_tile<M, 2, NV>;
+    case 3: return conv_tile<M, 3, NV>;
+    case 4: return conv_tile<M, 4, NV>;
+    case 5: return conv_tile<M, 5, NV>;
+    case 6: return conv_tile<M, 6, NV>;
+#if RF_VECTOR_REGISTERS == 32
+    case 7: return conv_tile<M, 7, NV>;
+    case 8: return conv_tile<M, 8, NV>;
+    case 9: return conv_tile<M, 9, NV>;
+    case 10: return conv_tile<M, 10, NV>;
+    case 11: return conv_tile<M, 11, NV>;
+    case 12: return conv_tile<M, 12, NV>;
+    case 13: return conv_tile<M, 13, NV>;
+    default: return conv_tile<M, 14, NV>;
+#else
+    default: return conv_tile<M, 6, NV>;
+#endif
+  }
+}
+template <typename M> static ConvTile<M> conv_tile_of(int pixels, int vectors) {
+  return vectors == 2 ? conv_tile_of<M, 2>(pixels) : conv_tile_of<M, 1>(pixels);
+}
+
+// Splits n pixels into tiles of nearly equal size: first pixel of tile i of `tiles`.
+RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) { return i * (n / tiles) + min64(i, n % tiles); }
+
+// Output rows per band: the band's scratch should stay in a core's L2 cache beside the weights.
+constexpr int64_t kBandBytes = 256 * 1024;
+RF_INLINE int64_t rows_per_band(int64_t out_rows, int64_t row_bytes, int64_t row_step, int64_t halo_rows) {
+  const int64_t fit = max64(1, (kBandBytes / max64(1, row_bytes) - halo_rows) / row_step);
+  const int64_t bands = divide_up(out_rows, min64(fit, out_rows));
+  return divide_up(out_rows, bands);
+}
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

@@ -1,0 +1,241 @@
+// dz = act'(z) * (input gradient of the convolution) + dz_in, with sum dz and sum dz*xhat per channel: what BatchNorm's
+// backward needs of the layer (Ioffe & Szegedy 2015). z is recomputed from x.
+//
+// The input gradient of a convolution with stride (sh, sw) is sh*sw convolutions of dy with stride 1, one for each residue
+// ("phase") of the input position, each with the taps that reach it: h + pad = p*stride + r*dilation.
+#include "conv_engine.h"
+#include "primitives.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+namespace {
+
+
+RF_INLINE bool reaches(int64_t phase, int64_t tap, int64_t stride, int64_t pad, int64_t dilation, int64_t* offset) {
+  const int64_t position = phase + pad - tap * dilation;
+  const int64_t residue = ((position % stride) + stride) % stride;
+  *offset = (position - residue) / stride;
+  return residue == 0;
+}
+
+struct Extent {
+  int64_t least, most;  // offsets of p relative to the phase index, over all phases
+};
+Extent extent_of(int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  Extent e = {0, 0};
+  for (int64_t phase = 0; phase < stride; ++phase)
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      int64_t offset;
+      if (!reaches(phase, tap, stride, pad, dilation, &offset)) continue;
+      e.least = min64(e.least, offset);
+      e.most = max64(e.most, offset);
+    }
+  return e;
+}
+
+template <typename T> struct Epilogue {
+  typedef Acc<T> A;
+  int64_t channels;
+  const T* x;
+  const A* bn;  // mean, invstd, scale, shift
+  A slope;
+  bool relu;
+  const T* dz_in;
+  T* dz;
+  A* sum_dz;
+  A* sum_dz_xhat;
+
+  template <int NV>
+  void apply(const A* tile, int np, int64_t channel, int64_t pixel, int64_t pixel_step) const {
+    constexpr int L = kLanes<A>;
+    for (int v = 0; v < NV; ++v) {
+      const int64_t c = channel + v * L;
+      if (c >= channels) return;
+      if (channels - c >= L)
+        apply_vector(tile + v * L, NV * L, np, c, pixel, pixel_step);
+      else
+        apply_lanes(tile + v * L, NV * L, np, c, pixel, pixel_step);
+    }
+  }
+
+  void apply_vector(const A* tile, int stride, int np, int64_t c, int64_t pixel, int64_t step) const {
+    const Vec<A> mean = load(bn + c), invstd = load(bn + channels + c);
+    const Vec<A> scale = load(bn + 2 * channels + c), shift = load(bn + 3 * channels + c), slopes = splat<A>(slope);
+    Vec<A> sum = {}, sum_xhat = {};
+    for (int p = 0; p < np; ++p) {
+      const int64_t at = (pixel + p * step) * channels + c;
+      const Vec<A> value = load(x + at);
+      Vec<A> d = activate_grad<A>(preact(value, scale, shift), load(tile + p * stride), slopes, relu);
+      if (dz_in) d += load(dz_in + at);
+      d = rounded<T>(d);
+      store(dz + at, d);
+      sum += d;
+      sum_xhat += d * (value - mean);
+    }
+    store(sum_dz + c, load(sum_dz + c) + sum);
+    store(sum_dz_xhat + c, load(sum_dz_xhat + c) + sum_xhat * invstd);
+  }
+
+  void apply_lanes(const A* tile, int stride, int np, int64_t c0, int64_t pixel, int64_t step) const {
+    for (int64_t c = c0; c < channels; ++c) {
+      A sum = 0, sum_xhat = 0;
+      for (int p = 0; p < np; ++p) {
+        const int64_t at = (pixel + p * step) * channels + c;
+        const A value = load1(x + at);
+        const A z = preact(value, bn[2 * channels + c], bn[3 * channels + c]);
+        A d = activate_grad1<A>(z, tile[p * stride + (c - c0)], slope, relu);
+        if (dz_in) d += load1(dz_in + at);
+        d = rounded1<T>(d);
+        store1(dz + at, d);
+        sum += d;
+        sum_xhat += d * (value - bn[c]);
+      }
+      sum_dz[c] += sum;
+      sum_dz_xhat[c] += sum_xhat * bn[channels + c];
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params) {
+  typedef typename ModeOf<T>::type M;
+  typedef typename M::Unit Unit;
+  typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
+  constexpr int B = kBlock<M>;
+  const ConvGeometry& g = params.g;
+
+  // A pointwise convolution is one long row of pixels.
+  const bool pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  const int64_t blocks = divide_up(g.k, int64_t(B) * M::kUnitChannels);
+  const int64_t chunk =
+      kTilePixels * max64(4, min64(kBandBytes / 2 / (blocks * RF_VECTOR_BYTES) / kTilePixels, 24));
+  const int64_t pixels = g.n * g.h * g.w;
+
+  const int64_t phases = g.stride_h * g.stride_w;
+  const Extent eh = extent_of(g.r, g.stride_h, g.pad_h, g.dilation_h);
+  const Extent ew = extent_of(g.s, g.stride_w, g.pad_w, g.dilation_w);
+  const int64_t index_rows = divide_up(g.h, g.stride_h), index_cols = divide_up(g.w, g.stride_w);
+  const int64_t band_cols = pointwise ? chunk : index_cols + ew.most - ew.least;
+  const int64_t band_rows =
+      pointwise ? 1 : rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least);
+  const int64_t bands = divide_up(index_rows, band_rows);
+  const int64_t tasks = pointwise ? divide_up(pixels, chunk) : g.n * bands;
+  const BandLayout largest =
+      make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
+
+  // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]). Each phase has packed weights of its own.
+  const int64_t taps = g.r * g.s;
+  const PackLayout whole = make_pack<M>(g.k, g.c, taps);
+  const int64_t packed_units = pack_units<M>(whole);
+  char* const shared = static_cast<char*>(thread_scratch(
+      kScratchPack, size_t(packed_units) * sizeof(Unit) + size_t(phases + 1 + 2 * taps) * sizeof(int64_t) +
+                        size_t(2 * taps) * sizeof(int32_t)));
+  Unit* const packed = reinterpret_cast<Unit*>(shared);
+  int64_t* const phase_begin = reinterpret_cast<int64_t*>(shared + size_t(packed_units) * sizeof(Unit));
+  int64_t* const tap_row = phase_begin + phases + 1;
+  int64_t* const tap_col = tap_row + taps;
+  int32_t* const taps_r = reinterpret_cast<int32_t*>(tap_col + taps);
+  int32_t* const taps_s = taps_r + taps;
+  int64_t found = 0;
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    phase_begin[phase] = found;
+    for (int64_t r = 0; r < g.r; ++r)
+      for (int64_t s = 0; s < g.s; ++s)
+        if (int64_t row, col; reaches(phase / g.stride_w, r, g.stride_h, g.pad_h, g.dilation_h, &row) &&
+                              reaches(phase % g.stride_w, s, g.stride_w, g.pad_w, g.dilation_w, &col)) {
+          tap_row[found] = row - eh.least;
+          tap_col[found] = col - ew.least;
+          taps_r[found] = int32_t(r);
+          taps_s[found] = int32_t(s);
+          ++found;
+        }
+  }
+  phase_begin[phases] = found;
+  const int64_t tap_units = whole.out_blocks * whole.in_units * kOutBlock<A>;  // packed units of one tap, all blocks
+  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
+    const int64_t phase = task / whole.out_blocks, block = task % whole.out_blocks;
+    const int64_t first = phase_begin[phase];
+    const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
+    pack_block<M, T>(packed + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight,
+                     params.weight_layout, params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r + first,
+                     taps_s + first);
+  });
+
+  A* const partial = static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * g.c * sizeof(A)));
+  const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
+  parallel_for(params.parallel, tasks, [&](int64_t task) {
+    Unit* const band = static_cast<Unit*>(thread_scratch(
+        kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
+    A* const tile = static_cast<A*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * L * sizeof(A)));
+    A* const sums = partial + task * 2 * g.c;
+    memset(sums, 0, size_t(2 * g.c) * sizeof(A));
+
+    const Epilogue<T> epilogue = {g.c,
+                                  static_cast<const T*>(params.x),
+                                  static_cast<const A*>(params.bn),
+                                  A(params.slope),
+                                  params.slope == 0,
+                                  static_cast<const T*>(params.dz_in),
+                                  static_cast<T*>(params.dz),
+                                  sums,
+                                  sums + g.c};
+    int64_t image = 0, row0 = 0, rows = 1;
+    BandLayout layout;
+    if (pointwise) {
+      layout = make_band<M>(g.k, 1, min64(chunk, pixels - task * chunk), 1);
+      fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + task * chunk * g.k, 1, layout.cols, 0, 0, none);
+    } else {
+      image = task / bands;
+      row0 = task % bands * band_rows;
+      rows = min64(band_rows, index_rows - row0);
+      layout = make_band<M>(g.k, rows + eh.most - eh.least, band_cols, 1);
+      fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + image * g.p * g.q * g.k, g.p, g.q,
+                      row0 + eh.least, ew.least, none);
+    }
+    for (int64_t t = 0; t < found; ++t) tap_offsets[t] = (tap_row[t] * layout.slots + tap_col[t]) * B;
+
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
+      const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
+      const TileInput<M> input = {tap_offsets + first, pack.taps, layout.rows * layout.slots * B, pack.in_units};
+      const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
+      if (cols <= 0) continue;
+      const int64_t tiles = divide_up(cols, int64_t(kTilePixels));
+      for (int64_t block = 0; block < pack.out_blocks; ++block) {
+        const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
+        const int64_t channel = block * kOutBlock<A>;
+        const int vectors = pack_vectors<M>(pack, block);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t h = (row0 + row) * g.stride_h + phase_h;
+          if (!pointwise && h >= g.h) break;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t begin = split_begin(cols, tiles, i);
+            const int np = int(split_begin(cols, tiles, i + 1) - begin);
+            const int64_t pixel = pointwise ? task * chunk + begin
+                                            : (image * g.h + h) * g.w + begin * g.stride_w + phase_w;
+            conv_tile_of<M>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, tile);
+            if (vectors == 2)
+              epilogue.template apply<2>(tile, np, channel, pixel, g.stride_w);
+            else
+              epilogue.template apply<1>(tile, np, channel, pixel, g.stride_w);
+          }
+        }
+      }
+    }
+  });
+
+  A* const sums = static_cast<A*>(params.sums);  // in the order of the tasks, whichever thread ran them
+  memset(sums, 0, size_t(2 * g.c) * sizeof(A));
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < 2 * g.c; ++c) sums[c] += partial[task * 2 * g.c + c];
+}
+
+template void preact_conv_dgrad<float>(const PreactConvDgradParams&);
+template void preact_conv_dgrad<double>(const PreactConvDgradParams&);
+template void preact_conv_dgrad<bf16>(const PreactConvDgradParams&);
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

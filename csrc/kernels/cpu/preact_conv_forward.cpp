@@ -1,0 +1,226 @@
+// y = conv(act(x*scale + shift)) + bias + residual, with the statistics of y (He et al. 2016, "Identity Mappings in Deep
+// Residual Networks": one pre-activation convolution and, at a unit's end, the addition). The normalised input exists
+// only as a band of rows in a core's cache; y and residual are touched once.
+#include "conv_engine.h"
+#include "primitives.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+namespace {
+
+// Where one task reads and writes: a band of output rows of one image, or, for a pointwise convolution (1x1, stride 1, no
+// padding), a run of pixels that need not respect image borders.
+struct Work {
+  bool pointwise;
+  int64_t tasks;
+  int64_t pixels, chunk;       // pointwise
+  int64_t bands, band_rows;    // otherwise
+  int64_t rows, cols;          // of the input band, at most
+};
+
+template <typename M> Work plan_work(const ConvGeometry& g) {
+  Work work = {};
+  const int64_t blocks = divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels);
+  work.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  if (work.pointwise) {
+    work.pixels = g.n * g.h * g.w;
+    const int64_t fit = kBandBytes / 2 / (blocks * RF_VECTOR_BYTES) / kTilePixels;
+    work.chunk = kTilePixels * max64(4, min64(fit, 24));
+    work.tasks = divide_up(work.pixels, work.chunk);
+    work.rows = 1;
+    work.cols = work.chunk;
+    return work;
+  }
+  const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
+  work.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+  const int64_t row_bytes = blocks * round_up(work.cols, g.stride_w) * RF_VECTOR_BYTES;
+  work.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+  work.bands = divide_up(g.p, work.band_rows);
+  work.tasks = g.n * work.bands;
+  work.rows = (work.band_rows - 1) * g.stride_h + halo_h;
+  return work;
+}
+
+// What happens to a register tile on its way to memory.
+template <typename T> struct Epilogue {
+  typedef Acc<T> A;
+  int64_t channels;
+  const A* bias;
+  const T* residual;
+  T* y;
+  A* mean;  // of this task, null: no statistics
+  A* m2;
+
+  // tile: [np][nv*L]; its pixels are consecutive from `pixel`; `done` pixels of this channel block were merged before.
+  template <int NV> void apply(A* tile, int np, int64_t channel, int64_t pixel, int64_t done) const {
+    constexpr int L = kLanes<A>;
+    for (int v = 0; v < NV; ++v) {
+      const int64_t k = channel + v * L;
+      if (k >= channels) return;
+      if (channels - k >= L)
+        apply_vector(tile + v * L, NV * L, np, k, pixel, done);
+      else
+        apply_lanes(tile + v * L, NV * L, np, k, pixel, done);
+    }
+  }
+
+  void apply_vector(A* tile, int stride, int np, int64_t k, int64_t pixel, int64_t done) const {
+    Vec<A> sum = {};
+    const Vec<A> b = bias ? load(bias + k) : Vec<A>{};
+    for (int p = 0; p < np; ++p) {
+      const int64_t at = (pixel + p) * channels + k;
+      Vec<A> value = load(tile + p * stride) + b;
+      if (residual) value += load(residual + at);
+      store(y + at, value);
+      if (mean) {
+        value = rounded<T>(value);
+        store(tile + p * stride, value);
+        sum += value;
+      }
+    }
+    if (!mean) return;
+    const Vec<A> tile_mean = sum * (A(1) / A(np));
+    Vec<A> tile_m2 = {};
+    for (int p = 0; p < np; ++p) {
+      const Vec<A> d = load(tile + p * stride) - tile_mean;
+      tile_m2 += d * d;
+    }
+    Vec<A> total_mean = load(mean + k), total_m2 = load(m2 + k);
+    merge_stats(A(done), total_mean, total_m2, A(np), tile_mean, tile_m2);
+    store(mean + k, total_mean);
+    store(m2 + k, total_m2);
+  }
+
+  void apply_lanes(A* tile, int stride, int np, int64_t k, int64_t pixel, int64_t done) const {
+    for (int64_t lane = 0; lane < channels - k; ++lane) {
+      A sum = 0;
+      for (int p = 0; p < np; ++p) {
+        const int64_t at = (pixel + p) * channels + k + lane;
+        A value = tile[p * stride + lane] + (bias ? bias[k + lane] : A(0));
+        if (residual) value += load1(residual + at);
+        store1(y + at, value);
+        value = rounded1<T>(value);
+        tile[p * stride + lane] = value;
+        sum += value;
+      }
+      if (!mean) continue;
+      const A tile_mean = sum * (A(1) / A(np));
+      A tile_m2 = 0;
+      for (int p = 0; p < np; ++p) {
+        const A d = tile[p * stride + lane] - tile_mean;
+        tile_m2 += d * d;
+      }
+      merge_stats(A(done), mean[k + lane], m2[k + lane], A(np), tile_mean, tile_m2);
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T> void preact_conv_forward(const PreactConvForwardParams& params) {
+  typedef typename ModeOf<T>::type M;
+  typedef typename M::Unit Unit;
+  typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
+  const ConvGeometry& g = params.g;
+  const Work work = plan_work<M>(g);
+  const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
+  const int64_t taps = g.r * g.s;
+  const PackLayout pack = make_pack<M>(g.c, g.k, taps);
+
+  // Shared by all tasks: packed weights, then the kernel position of every tap.
+  Unit* const packed = static_cast<Unit*>(thread_scratch(
+      kScratchPack, size_t(pack_units<M>(pack)) * sizeof(Unit) + size_t(taps) * 2 * sizeof(int32_t)));
+  int32_t* const taps_r = reinterpret_cast<int32_t*>(packed + pack_units<M>(pack));
+  int32_t* const taps_s = taps_r + taps;
+  for (int64_t t = 0; t < taps; ++t) {
+    taps_r[t] = int32_t(t / g.s);
+    taps_s[t] = int32_t(t % g.s);
+  }
+  parallel_for(params.parallel, pack.out_blocks, [&](int64_t block) {
+    pack_block<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, params.weight_layout,
+                     params.weight_layout.stride_c, params.weight_layout.stride_k, taps_r, taps_s);
+  });
+  A* const partial =
+      params.stats ? static_cast<A*>(thread_scratch(kScratchPartial, size_t(work.tasks) * 2 * g.k * sizeof(A))) : nullptr;
+
+  const BandLayout largest = make_band<M>(g.c, work.rows, work.cols, g.stride_w);
+  parallel_for(params.parallel, work.tasks, [&](int64_t task) {
+    Unit* const band = static_cast<Unit*>(thread_scratch(
+        kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
+    A* const tile = static_cast<A*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * L * sizeof(A)));
+
+    int64_t out_rows, out_cols, first_pixel;
+    BandLayout layout;
+    if (work.pointwise) {
+      first_pixel = task * work.chunk;
+      out_rows = 1;
+      out_cols = min64(work.chunk, work.pixels - first_pixel);
+      layout = make_band<M>(g.c, 1, out_cols, 1);
+      fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + first_pixel * g.c, 1, out_cols, 0, 0, prologue);
+    } else {
+      const int64_t image = task / work.bands, p0 = task % work.bands * work.band_rows;
+      out_rows = min64(work.band_rows, g.p - p0);
+      out_cols = g.q;
+      first_pixel = (image * g.p + p0) * g.q;
+      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
+      fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
+                      p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t col = taps_s[t] * g.dilation_w;
+      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
+                       kBlock<M>;
+    }
+    Epilogue<T> epilogue = {g.k,
+                            static_cast<const A*>(params.bias),
+                            static_cast<const T*>(params.residual),
+                            static_cast<T*>(params.y),
+                            partial ? partial + task * 2 * g.k : nullptr,
+                            partial ? partial + task * 2 * g.k + g.k : nullptr};
+    if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
+    const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, pack.in_units};
+    const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
+    for (int64_t block = 0; block < pack.out_blocks; ++block) {
+      const Unit* const w = packed + pack_block_offset<M>(pack, block);
+      const int64_t channel = block * kOutBlock<A>;
+      const int vectors = pack_vectors<M>(pack, block);
+      int64_t done = 0;
+      for (int64_t row = 0; row < out_rows; ++row)
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t begin = split_begin(out_cols, tiles, i);
+          const int np = int(split_begin(out_cols, tiles, i + 1) - begin);
+          const Unit* const in = band + (row * g.stride_h * layout.slots + begin) * kBlock<M>;
+          const int64_t pixel = first_pixel + row * out_cols + begin;
+          conv_tile_of<M>(np, vectors)(input, in, w, tile);
+          if (vectors == 2)
+            epilogue.template apply<2>(tile, np, channel, pixel, done);
+          else
+            epilogue.template apply<1>(tile, np, channel, pixel, done);
+          done += np;
+        }
+    }
+  });
+
+  if (params.stats) {  // in the order of the tasks, whichever thread ran them
+    A* const mean = static_cast<A*>(params.stats);
+    A* const m2 = mean + g.k;
+    memset(mean, 0, size_t(2 * g.k) * sizeof(A));
+    A count = 0;
+    for (int64_t task = 0; task < work.tasks; ++task) {
+      const int64_t rows = work.pointwise ? 0 : min64(work.band_rows, g.p - task % work.bands * work.band_rows);
+      const A pixels = A(work.pointwise ? min64(work.chunk, work.pixels - task * work.chunk) : rows * g.q);
+      const A* const from = partial + task * 2 * g.k;
+      for (int64_t k = 0; k < g.k; ++k) merge_stats(count, mean[k], m2[k], pixels, from[k], from[g.k + k]);
+      count += pixels;
+    }
+  }
+}
+
+template void preact_conv_forward<float>(const PreactConvForwardParams&);
+template void preact_conv_forward<double>(const PreactConvForwardParams&);
+template void preact_conv_forward<bf16>(const PreactConvForwardParams&);
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

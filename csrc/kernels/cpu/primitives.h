@@ -1,0 +1,23 @@
+// The primitives of one SIMD level: each is defined, and instantiated for float, double and bf16, in the file of its name
+// (bn_act.cpp holds both directions).
+#pragma once
+
+#include "../cpu_kernels.h"
+#include "simd.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+template <typename T> void channel_stats(const ChannelStatsParams& params);
+template <typename T> void bn_act_forward(const BnActParams& params);
+template <typename T> void bn_act_backward(const BnActParams& params);
+template <typename T> void preact_apply(const PreactApplyParams& params);
+template <typename T> void residual_add(const ResidualAddParams& params);
+template <typename T> void preact_conv_forward(const PreactConvForwardParams& params);
+template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params);
+template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params);
+
+const CpuKernels& kernels();
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

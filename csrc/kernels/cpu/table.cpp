@@ -1,0 +1,28 @@
+// The table of this SIMD level's primitives.
+#include "primitives.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+#define RF_STRING_(x) #x
+#define RF_STRING(x) RF_STRING_(x)
+// In the order of DType.
+#define RF_DTYPES(primitive) {&primitive<float>, &primitive<double>, &primitive<bf16>}
+
+static constexpr CpuKernels kTable = {
+    .level = RF_LEVEL,
+    .name = RF_STRING(RF_VARIANT),
+    .channel_stats = RF_DTYPES(channel_stats),
+    .bn_act_forward = RF_DTYPES(bn_act_forward),
+    .bn_act_backward = RF_DTYPES(bn_act_backward),
+    .preact_apply = RF_DTYPES(preact_apply),
+    .residual_add = RF_DTYPES(residual_add),
+    .preact_conv_forward = RF_DTYPES(preact_conv_forward),
+    .preact_conv_dgrad = RF_DTYPES(preact_conv_dgrad),
+    .preact_conv_wgrad = RF_DTYPES(preact_conv_wgrad),
+};
+
+const CpuKernels& kernels() { return kTable; }
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

@@ -1,0 +1,128 @@
+#include "tensor.h"
+
+namespace resnet_fused {
+
+using torch::headeronly::ScalarType;
+
+std::string to_string(IntHeaderOnlyArrayRef values) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  out << ']';
+  return out.str();
+}
+
+const char* dtype_name(DType dtype) {
+  return dtype == DType::float32 ? "float32" : dtype == DType::float64 ? "float64" : "bfloat16";
+}
+
+const char* dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return torch::headeronly::toString(tensor.scalar_type());
+  }
+}
+
+namespace {
+
+int32_t dtype_code(const Tensor& tensor) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+DType check_dtype(const Tensor& tensor, const char* name) {
+  const int32_t code = dtype_code(tensor);
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float64})
+    if (code == shim_dtype(dtype)) return dtype;
+  raise("expected ", name, " to have dtype float32, float64 or bfloat16, but got ", dtype_name(tensor));
+}
+
+void check_device(const Tensor& tensor, const char* name) {
+  RF_CHECK(tensor.is_cpu(), "expected ", name, " to be on the CPU, but it is on ",
+           tensor.is_cuda() ? "cuda:" : "device index ", tensor.get_device_index());
+}
+
+}  // namespace
+
+bool has_dtype(const Tensor& tensor, DType dtype) { return dtype_code(tensor) == shim_dtype(dtype); }
+
+Activation check_activation(const Tensor& tensor, const char* name) {
+  check_device(tensor, name);
+  const DType dtype = check_dtype(tensor, name);
+  const auto sizes = tensor.sizes();
+  RF_CHECK(sizes.size() == 4, "expected 4D ", name, " (got ", sizes.size(), "D ", name, ")");
+  const Activation a{sizes[0], sizes[1], sizes[2], sizes[3], dtype, tensor.const_data_ptr()};
+  const auto strides = tensor.strides();
+  // The stride of a dimension of size 1 says nothing.
+  const bool dense = (a.c <= 1 || strides[1] == 1) && (a.w <= 1 || strides[3] == a.c) &&
+                     (a.h <= 1 || strides[2] == a.w * a.c) && (a.n <= 1 || strides[0] == a.h * a.w * a.c);
+  RF_CHECK(dense || a.numel() == 0, "expected ", name, " to be dense in channels_last memory format, but got size ",
+           to_string(sizes), " with strides ", to_string(strides));
+  return a;
+}
+
+Activation check_activation_like(const Tensor& tensor, const char* name, const Activation& expected,
+                                 const char* like) {
+  const Activation a = check_activation(tensor, name);
+  RF_CHECK(a.dtype == expected.dtype, "expected ", name, " to have the dtype of ", like, ", ",
+           dtype_name(expected.dtype), ", but got ", dtype_name(a.dtype));
+  const int64_t want[] = {expected.n, expected.c, expected.h, expected.w};
+  RF_CHECK(a.n == expected.n && a.c == expected.c && a.h == expected.h && a.w == expected.w, "expected ", name,
+           " of size ", to_string(IntHeaderOnlyArrayRef(want, 4)), " (", like, "), but got ",
+           to_string(tensor.sizes()));
+  return a;
+}
+
+Tensor check_acc(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, DType dtype) {
+  check_device(tensor, name);
+  const DType acc = acc_dtype(dtype);
+  RF_CHECK(has_dtype(tensor, acc), "expected ", name, " to have dtype ", dtype_name(acc), ", but got ",
+           dtype_name(tensor));
+  const auto sizes = tensor.sizes();
+  RF_CHECK(sizes.size() == 2 && sizes[0] == rows && sizes[1] == columns, "expected ", name, " of size [", rows, ", ",
+           columns, "], but got ", to_string(sizes));
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, DType dtype) {
+  const int64_t sizes[] = {n, c, h, w};
+  // As torch.empty(memory_format=channels_last) has them, sizes 0 included.
+  const int64_t strides[] = {h * w * c, 1, w * c, c};
+  return empty_strided(4, sizes, strides, dtype);
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, DType dtype) {
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {columns > 0 ? columns : 1, 1};
+  return empty_strided(2, sizes, strides, dtype);
+}
+
+Tensor empty_vector(int64_t length, DType dtype) {
+  const int64_t one = 1;
+  return empty_strided(1, &length, &one, dtype);
+}
+
+Tensor zeros_matrix(int64_t rows, int64_t columns, DType dtype) {
+  const Tensor out = empty_matrix(rows, columns, dtype);
+  if (rows * columns > 0) std::memset(out.mutable_data_ptr(), 0, rows * columns * element_size(dtype));
+  return out;
+}
+
+namespace {
+
+void run_on_torch_threads(int64_t tasks, void (*task)(int64_t, void*), void* context) {
+  if (tasks == 1) return task(0, context);
+  torch::stable::parallel_for(0, tasks, 1, [task, context](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i, context);
+  });
+}
+
+}  // namespace
+
+Parallel torch_parallel() { return Parallel{&run_on_torch_threads}; }
+
+}  // namespace resnet_fused
