@@ -1,0 +1,8 @@
+"""Fused BatchNorm -> ReLU -> convolution and residual addition for pre-activation residual networks in PyTorch."""
+
+from . import functional, models, nn
+from .nn import reference
+from .primitives.dispatch import record_dispatch, use_backend
+from .version import __version__
+
+__all__ = ["__version__", "functional", "models", "nn", "record_dispatch", "reference", "use_backend"]

@@ -1,0 +1,5 @@
+"""The public functions: fused twins of compositions of ``torch.nn.functional``."""
+
+from .ops import BatchNormArgs, ConvArgs, conv2d_stats, preact_conv2d, residual_add, residual_unit
+
+__all__ = ["BatchNormArgs", "ConvArgs", "conv2d_stats", "preact_conv2d", "residual_add", "residual_unit"]

@@ -1,0 +1,62 @@
+"""preact_conv_dgrad: the gradient that reaches BatchNorm's output, with BatchNorm's two sums."""
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference, unfused
+from .layout import channels_last, empty
+from .registration import define_primitive
+
+dispatch.register(
+    "preact_conv_dgrad", reference=reference.preact_conv_dgrad, unfused=unfused.preact_conv_dgrad
+)
+
+
+def preact_conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    bn: Tensor,
+    dz_in: Tensor | None,
+    slope: float,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """dz = conv_transpose(dy, weight) * act'(z) (+ dz_in), z = x * scale + shift.
+
+    Args:
+        dy: [N, K, P, Q]; x, dz_in: [N, C, H, W]; one dtype, dense channels_last.
+        weight: [K, C/groups, R, S], any strides; x's dtype, or float32 with half-precision x (rounded when used).
+        bn: acc [4, C] of finalize_forward.
+        dz_in: another gradient of z, such as the projection shortcut's.
+
+    Returns:
+        dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz as rounded.
+    """
+    run = dispatch.select_convolution("preact_conv_dgrad", x, weight, stride, padding, dilation, groups)
+    return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups)
+
+
+def _kernel(dy, weight, x, bn, dz_in, *rest):
+    return preact_conv_dgrad(
+        channels_last(dy),
+        weight,
+        channels_last(x),
+        bn,
+        None if dz_in is None else channels_last(dz_in),
+        *rest,
+    )
+
+
+def _fake(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups):
+    return empty(x.shape, x), torch.empty(2, x.shape[1], dtype=bn.dtype, device=x.device)
+
+
+define_primitive(
+    "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups) -> (Tensor dz, Tensor sums)",
+    _kernel,
+    _fake,
+)

@@ -1,0 +1,44 @@
+"""update_running_stats: the exponential moving average of batch statistics, in place."""
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .registration import LIBRARY, define_primitive
+
+dispatch.register("update_running_stats", reference=reference.update_running_stats)
+
+
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, stats: Tensor, count: int, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * new, with the unbiased variance M2 / (count - 1).
+
+    Args:
+        running_mean, running_var: [C], acc or activation dtype; changed in place.
+        stats: acc [2, C] of channel_stats.
+        count: N*H*W of the tensor that stats are of; 0 (an empty batch) changes nothing.
+    """
+    if count == 0:
+        return
+    run = dispatch.select("update_running_stats", stats)
+    run(running_mean, running_var, stats, count, momentum)
+
+
+_OP = define_primitive(
+    "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, float momentum) -> ()",
+    update_running_stats,
+    lambda running_mean, running_var, stats, count, momentum: None,
+)
+
+
+def _count_change(*args):
+    # Autograd must see that the buffers changed: another node may have saved them.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _OP(*args)
+    for t in args[:2]:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
+LIBRARY.impl("update_running_stats", _count_change, "ADInplaceOrView")
