@@ -1,0 +1,207 @@
+"""The fused pre-activation modules: drop-in twins of those in :mod:`resnet_fused.nn.reference`.
+
+Each is a subclass of its plain twin that replaces ``forward`` alone, so that the constructor, the children and the keys
+of the ``state_dict`` are the same by construction. The children hold the parameters and the settings, all of which are
+read when the unit is called.
+
+``unit(x)`` returns a tensor, like the plain twin. ``unit(x, x_stats, return_stats=True)`` returns ``(y, y_stats)``:
+``x_stats`` are the statistics of ``x`` that the unit before has returned, which spares a pass over ``x``; either can be
+None. :class:`PreActStage` hands them on.
+
+Where a child is no longer what the fused operator computes (another class, as after ``convert_sync_batchnorm``; hooks,
+as for pruning; a padding mode other than zeros), the unit computes what its plain twin does, with the same result and
+without the speed.
+
+Under autocast the input is cast to the autocast dtype, like that of a convolution, and the output has this dtype. (A plain
+unit without a projection adds its input as it is, so it returns float32 where that is float32; behind a convolution, as in
+a net, the two are alike.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import functional as F
+from ..primitives.layout import channels_last, convolution_is_channels_last, suggests_channels_last
+from . import reference
+
+__all__ = ["PreActBasicBlock", "PreActBottleneck", "PreActConv2d", "PreActStage", "ResidualAdd"]
+
+UnitOutput = Tensor | tuple[Tensor, Tensor | None]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything has been registered that runs when ``module`` is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+def is_fusable(module: nn.Module) -> bool:
+    """Whether calling ``module`` is nothing but a 2-D batch normalisation or a convolution padded with zeros."""
+    if has_hooks(module) or "forward" in module.__dict__:
+        return False
+    if isinstance(module, nn.BatchNorm2d):
+        return type(module).forward is _BatchNorm.forward
+    return (isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+            and type(module)._conv_forward is nn.Conv2d._conv_forward and module.padding_mode == "zeros")
+
+
+def is_projection(shortcut: nn.Module | None) -> bool:
+    """Whether ``shortcut`` is one that the operator computes: none, or a convolution without padding."""
+    return shortcut is None or (isinstance(shortcut, nn.Conv2d) and is_fusable(shortcut) and shortcut.groups == 1
+                                and shortcut.padding == (0, 0) and shortcut.dilation == (1, 1))
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether ``bn`` normalises with the statistics of the batch, not with the running ones."""
+    return bn.training or bn.running_mean is None
+
+
+def batch_norm_args(bn: nn.BatchNorm2d) -> F.BatchNormArgs:
+    """Read ``bn`` and count the batch, exactly as ``BatchNorm2d.forward`` does; the operator does the rest."""
+    track = bn.training and bn.track_running_stats
+    momentum = bn.momentum
+    if track and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
+            momentum = 1.0 / bn.num_batches_tracked
+    running = track or not bn.training
+    return F.BatchNormArgs(bn.weight, bn.bias, bn.running_mean if running else None,
+                           bn.running_var if running else None, bn.training, 0.0 if momentum is None else momentum,
+                           bn.eps)
+
+
+def conv_args(conv: nn.Conv2d) -> F.ConvArgs:
+    return F.ConvArgs(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class StatsModule:
+    """A module that takes the statistics of its input and can return those of its output.
+
+    Mixed into the plain twins, in front of them.
+    """
+
+    def first_norm(self) -> nn.Module | None:
+        """The norm that reads the input."""
+        raise NotImplementedError
+
+    def wants_stats(self) -> bool:
+        """Whether this module, called now, would use the statistics of its input."""
+        norm = self.first_norm()
+        return norm is not None and not has_hooks(self) and is_fusable(norm) and uses_batch_statistics(norm)
+
+    def _plain(self, x: Tensor, return_stats: bool) -> UnitOutput:
+        y = super().forward(x)
+        return (y, None) if return_stats else y
+
+
+def run_in_turn(modules: Iterable[nn.Module], x: Tensor, x_stats: Tensor | None = None,
+                return_stats: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Call ``modules`` one after another, each with the output of the one before, and hand on the statistics of it.
+
+    Statistics are asked for only where the next module will use them. A module that has hooks is called as
+    ``module(x)``, so that they see what they would see on a plain module.
+
+    Returns:
+        The output, and its statistics: None if not asked for, or if the last module does not return any.
+    """
+    modules = list(modules)
+    for module, following in zip(modules, [*modules[1:], None]):
+        wanted = return_stats if following is None else isinstance(following, StatsModule) and following.wants_stats()
+        if not isinstance(module, StatsModule) or has_hooks(module):
+            x, x_stats = module(x), None
+        elif wanted:
+            x, x_stats = module(x, x_stats, return_stats=True)
+        else:
+            x, x_stats = module(x, x_stats), None
+    return x, x_stats
+
+
+def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """``conv(x)``, and the statistics of it where ``following`` will use them: the first convolution of a net."""
+    if not (is_fusable(conv) and isinstance(following, StatsModule) and following.wants_stats()):
+        return conv(x), None
+    args = conv_args(conv)
+    return F.conv2d_stats(x, args.weight, args.bias, stride=args.stride, padding=args.padding, dilation=args.dilation,
+                          groups=args.groups)
+
+
+class PreActConv2d(StatsModule, reference.PreActConv2d):
+    __doc__ = reference.PreActConv2d.__doc__
+
+    def first_norm(self) -> nn.Module:
+        return self.bn
+
+    def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
+        if not (is_fusable(self.bn) and is_fusable(self.conv)):
+            return self._plain(x, return_stats)
+        bn, conv = batch_norm_args(self.bn), conv_args(self.conv)
+        return F.preact_conv2d(
+            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.weight, conv.bias, training=bn.training,
+            momentum=bn.momentum, eps=bn.eps, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+            groups=conv.groups, negative_slope=self.negative_slope, x_stats=x_stats, return_stats=return_stats)
+
+
+class _ResidualUnit(StatsModule):
+    """A unit of norms bn1, bn2, ... and convolutions conv1, conv2, ..., run as one operator."""
+
+    _convolutions: int
+
+    def first_norm(self) -> nn.Module:
+        return self.bn1
+
+    def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
+        norms = [getattr(self, f"bn{i}") for i in range(1, self._convolutions + 1)]
+        convs = [getattr(self, f"conv{i}") for i in range(1, self._convolutions + 1)]
+        if not all(is_fusable(child) for child in (*norms, *convs)) or not is_projection(self.shortcut):
+            return self._plain(x, return_stats)
+        return F.residual_unit(
+            x, [batch_norm_args(bn) for bn in norms], [conv_args(conv) for conv in convs],
+            shortcut=None if self.shortcut is None else conv_args(self.shortcut),
+            negative_slope=self.negative_slope, x_stats=x_stats, return_stats=return_stats)
+
+
+class PreActBasicBlock(_ResidualUnit, reference.PreActBasicBlock):
+    __doc__ = reference.PreActBasicBlock.__doc__
+    _convolutions = 2
+
+
+class PreActBottleneck(_ResidualUnit, reference.PreActBottleneck):
+    __doc__ = reference.PreActBottleneck.__doc__
+    _convolutions = 3
+
+
+class PreActStage(StatsModule, reference.PreActStage):
+    """Residual units that run one after another and hand on the statistics of what they return.
+
+    Args:
+        units: the residual units, as in :class:`torch.nn.Sequential`. Any module may be among them; statistics travel
+            between fused units, see :func:`run_in_turn`.
+
+    ``stage(x)`` returns a tensor; ``stage(x, x_stats, return_stats=True)`` returns ``(y, y_stats)``, for the next stage.
+    """
+
+    def first_norm(self) -> nn.Module | None:
+        first = next(iter(self), None)
+        return first.first_norm() if isinstance(first, StatsModule) and not has_hooks(first) else None
+
+    def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
+        if x.dim() == 4 and not suggests_channels_last(x):
+            # Once for the stage, not once for each unit; the output's layout is that of the plain units.
+            weights = [module.weight for module in self.modules() if isinstance(module, nn.Conv2d)]
+            contiguous = not convolution_is_channels_last(x, *weights)
+            x, x_stats = run_in_turn(self, channels_last(x), x_stats, return_stats)
+            x = x.contiguous() if contiguous else x
+        else:
+            x, x_stats = run_in_turn(self, x, x_stats, return_stats)
+        return (x, x_stats) if return_stats else x
+
+
+class ResidualAdd(reference.ResidualAdd):
+    __doc__ = reference.ResidualAdd.__doc__
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+        return F.residual_add(x, y, gate=gate, alpha=self.alpha, negative_slope=self.negative_slope)
