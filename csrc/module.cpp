@@ -1,5 +1,5 @@
-// The module resnet_fused._C: what was built, and what this CPU can run. It is linked to nothing of torch, so that it can
-// tell about a build whose libraries do not load.
+// The module resnet_fused._C: what was built, and what this CPU can run. It is linked to nothing of torch, so
+// that it can tell about a build whose libraries do not load.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -49,7 +49,9 @@ py::tuple cpu_levels() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What was built, and what this CPU can run.";
   m.def("build_info", &build_info,
-        "dict: version, torch and compiler of the build (str); cpu_variants, the SIMD levels compiled, lowest first; cuda, "
-        "the toolkit's version or None; cuda_architectures; cuda_reason, why CUDA was not built ('' if it was).");
-  m.def("cpu_levels", &cpu_levels, "The compiled SIMD levels that this CPU and operating system can run, lowest first.");
+        "dict: version, torch and compiler of the build (str); cpu_variants, the SIMD levels compiled, lowest "
+        "first; cuda, the toolkit's version or None; cuda_architectures; cuda_reason, why CUDA was not built "
+        "('' if it was).");
+  m.def("cpu_levels", &cpu_levels,
+        "The compiled SIMD levels that this CPU and operating system can run, lowest first.");
 }

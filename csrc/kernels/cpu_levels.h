@@ -1,5 +1,5 @@
-// The SIMD levels by name and number, and which of them this CPU can run. Torch-free and header-only: the operator
-// library and the small module _C must give the same answer without being linked to each other.
+// The SIMD levels by name and number, and which of them this CPU can run. Torch-free and header-only: the
+// operator library and the small module _C must give the same answer without being linked to each other.
 #pragma once
 
 namespace resnet_fused {
@@ -13,14 +13,15 @@ constexpr int kBuiltLevels = 4;
 constexpr int kBuiltLevels = 1;
 #endif
 
-// The highest level whose instructions the CPU has and whose registers the operating system saves (the compiler's
-// run-time library reads both, cpuid and xgetbv). Each list is what setup.py's flags let the compiler use.
+// The highest level whose instructions the CPU has and whose registers the operating system saves (the
+// compiler's run-time library reads both, cpuid and xgetbv). Each list is what setup.py's flags let the
+// compiler use.
 inline int detect_simd_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))) {
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))) {
     return 1;
   }
   return __builtin_cpu_supports("avx512bf16") ? 3 : 2;

@@ -51,7 +51,8 @@ int level_from_environment() {
     if (strcmp(value, kLevelNames[level]) == 0) return level;
     known += (level ? ", " : "") + std::string(kLevelNames[level]);
   }
-  throw std::runtime_error(std::string(kLevelVariable) + " should be one of " + known + ", but got '" + value + "'");
+  throw std::runtime_error(std::string(kLevelVariable) + " should be one of " + known + ", but got '" + value +
+                           "'");
 }
 
 // Null until the first use. Threads that meet at the first use all store the same table.
@@ -64,8 +65,8 @@ int max_simd_level() {
   return level;
 }
 
-// An unknown value in RESNET_FUSED_CPU_LEVEL raises at every operator call, rather than run at a level not asked for; a
-// level above what this CPU can run is clipped.
+// An unknown value in RESNET_FUSED_CPU_LEVEL raises at every operator call, rather than run at a level not
+// asked for; a level above what this CPU can run is clipped.
 const CpuKernels& cpu_kernels() {
   const CpuKernels* kernels = current.load(std::memory_order_acquire);
   if (kernels == nullptr) {
@@ -84,6 +85,8 @@ int set_simd_level(int level) {
   return kernels.level;
 }
 
-const char* simd_level_name(int level) { return level >= 0 && level < kLevels ? kLevelNames[level] : "unknown"; }
+const char* simd_level_name(int level) {
+  return level >= 0 && level < kLevels ? kLevelNames[level] : "unknown";
+}
 
 }  // namespace resnet_fused

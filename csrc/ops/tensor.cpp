@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#include <pthread.h>
+
+#include <atomic>
+
 namespace resnet_fused {
 
 using torch::headeronly::ScalarType;
@@ -114,8 +118,18 @@ Tensor zeros_matrix(int64_t rows, int64_t columns, DType dtype) {
 
 namespace {
 
+// OpenMP's threads do not survive a fork: where the parent had started them, a parallel region of the child waits for
+// them for ever. Work is then done by the child's own thread; the results are the same.
+std::atomic<bool> threads_started{false};
+std::atomic<bool> threads_lost{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_started.load(); });
+
 void run_on_torch_threads(int64_t tasks, void (*task)(int64_t, void*), void* context) {
-  if (tasks == 1) return task(0, context);
+  if (tasks == 1 || threads_lost.load(std::memory_order_relaxed)) {
+    for (int64_t i = 0; i < tasks; ++i) task(i, context);
+    return;
+  }
+  threads_started.store(true, std::memory_order_relaxed);
   torch::stable::parallel_for(0, tasks, 1, [task, context](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i, context);
   });

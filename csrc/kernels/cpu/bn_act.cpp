@@ -11,127 +11,158 @@ template <typename T> struct BnAct {
   typedef Vec<A> V;
   const BnActParams& params;
   Units units;
-  A* partial;  // [ranges, 2, C]: sums of dz and of dz*(x - mean)
+  A* partial;  // [ranges, 2, columns]: sums of dz and of dz*(x - mean)
 
   const A* bn(int row) const { return static_cast<const A*>(params.bn) + row * units.channels; }
 
-  template <bool kRelu, typename B>
-  void forward_tile(int64_t pixel, int64_t pixels, int64_t channel, B block) const {
-    const int64_t stride = units.channels;
-    const T* x = static_cast<const T*>(params.x) + pixel * stride + channel;
-    T* out = static_cast<T*>(params.out) + pixel * stride + channel;
-    const V slope = splat<A>(static_cast<A>(params.slope));
-    V scale[B::V], shift[B::V];
-    for (int v = 0; v < B::V; ++v) {
-      scale[v] = block.load(bn(2) + channel, v);
-      shift[v] = block.load(bn(3) + channel, v);
-    }
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int v = 0; v < B::V; ++v) {
-        const V z = preact(block.load(x + p * stride, v), scale[v], shift[v]);
-        block.store(out + p * stride, v, activate<A>(z, slope, kRelu));
-      }
+  // BN's rows of a unit, by slot.
+  struct Rows {
+    A mean[kGroupSlots], scale[kGroupSlots], shift[kGroupSlots];
+  };
+  void gather(const Unit& unit, Rows& rows) const {
+    gather_slots<T>(bn(0) + unit.first_channel, units.channels, unit.columns, rows.mean);
+    gather_slots<T>(bn(2) + unit.first_channel, units.channels, unit.columns, rows.scale);
+    gather_slots<T>(bn(3) + unit.first_channel, units.channels, unit.columns, rows.shift);
   }
 
-  template <bool kRelu> static void forward(int64_t unit, void* context) {
+  template <bool kRelu, typename B>
+  void forward_tile(int64_t offset, int64_t rows, const A* scale_slots, const A* shift_slots, B block) const {
+    constexpr int N = B::kCount;
+    const int64_t stride = units.columns;
+    const T* x = static_cast<const T*>(params.x) + offset;
+    T* out = static_cast<T*>(params.out) + offset;
+    const V slope = splat<A>(static_cast<A>(params.slope));
+    V scale[N], shift[N];
+    block.load_slots(scale_slots, scale);
+    block.load_slots(shift_slots, shift);
+    for (int64_t p = 0; p < rows; ++p) {
+      V value[N];
+      block.load(x + p * stride, value);
+      for (int v = 0; v < N; ++v) value[v] = activate<A>(preact(value[v], scale[v], shift[v]), slope, kRelu);
+      block.store(out + p * stride, value);
+    }
+  }
+
+  template <bool kRelu> static void forward(int64_t index, void* context) {
     const BnAct& job = *static_cast<const BnAct*>(context);
     const Units& units = job.units;
-    const int64_t c0 = units.first_channel(unit);
-    const int64_t end = units.last_pixel(unit);
-    for (int64_t p = units.first_pixel(unit); p < end; p += kTilePixels)
-      for_each_block<A, 4>(units.group_channels(unit), [&](auto block, int64_t channel, int64_t) {
-        job.template forward_tile<kRelu>(p, end - p < kTilePixels ? end - p : kTilePixels, c0 + channel, block);
+    const Unit unit(units, index);
+    Rows rows;
+    job.gather(unit, rows);
+    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
+      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
+      const int64_t offset = units.first + p * units.columns + unit.first_column;
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        job.template forward_tile<kRelu>(offset + column, count, rows.scale + slot, rows.shift + slot, block);
       });
+    }
   }
 
-  // Adds the tile's sums to two vectors of slots.
+  // Adds the tile's sums to slots of sum and dot.
   template <bool kRelu, bool kDzIn, typename B>
-  void backward_tile(int64_t pixel, int64_t pixels, int64_t channel, A* sum_slots, A* dot_slots, B block) const {
-    constexpr int U = kUnroll<B::V>;
-    const int64_t stride = units.channels;
-    const int64_t offset = pixel * stride + channel;
+  void backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots, A* dot_slots,
+                     B block) const {
+    constexpr int N = B::kCount;
+    constexpr int U = kUnroll<N>;
+    const int64_t stride = units.columns;
     const T* x = static_cast<const T*>(params.x) + offset;
     const T* da = static_cast<const T*>(params.da) + offset;
     const T* dz_in = kDzIn ? static_cast<const T*>(params.dz_in) + offset : nullptr;
     T* out = static_cast<T*>(params.out) + offset;
     const V slope = splat<A>(static_cast<A>(params.slope));
-    V mean[B::V], scale[B::V], shift[B::V];
-    for (int v = 0; v < B::V; ++v) {
-      mean[v] = block.load(bn(0) + channel, v);
-      scale[v] = block.load(bn(2) + channel, v);
-      shift[v] = block.load(bn(3) + channel, v);
-    }
-    V sum[U][B::V] = {}, dot[U][B::V] = {};
-    const auto step = [&](int64_t p, int v, V& total, V& product) __attribute__((always_inline)) {
-      const V value = block.load(x + p * stride, v);
-      V dz = activate_grad<A>(preact(value, scale[v], shift[v]), block.load(da + p * stride, v), slope, kRelu);
-      if constexpr (kDzIn) dz += block.load(dz_in + p * stride, v);
-      dz = rounded<T>(dz);
-      block.store(out + p * stride, v, dz);
-      total += dz;
-      product += dz * (value - mean[v]);
+    V mean[N], scale[N], shift[N];
+    block.load_slots(bn_rows.mean + slot, mean);
+    block.load_slots(bn_rows.scale + slot, scale);
+    block.load_slots(bn_rows.shift + slot, shift);
+    V sum[U][N] = {}, dot[U][N] = {};
+    const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
+      // The unrolling is asked for by name: GCC would leave the accumulators in memory.
+#pragma GCC unroll 4
+      for (int u = 0; u < count.value; ++u) {
+        const int64_t i = (first + u) * stride;
+        V value[N], dz[N], add[N];
+        block.load(x + i, value);
+        block.load(da + i, dz);
+        if constexpr (kDzIn) block.load(dz_in + i, add);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) {
+          dz[v] = activate_grad<A>(preact(value[v], scale[v], shift[v]), dz[v], slope, kRelu);
+          if constexpr (kDzIn) dz[v] += add[v];
+        }
+        block.store(out + i, dz);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) {
+          sum[u][v] += dz[v];
+          dot[u][v] += dz[v] * (value[v] - mean[v]);
+        }
+      }
     };
     int64_t p = 0;
-    for (; p + U <= pixels; p += U)
-      for (int u = 0; u < U; ++u)
-        for (int v = 0; v < B::V; ++v) step(p + u, v, sum[u][v], dot[u][v]);
-    for (; p < pixels; ++p)
-      for (int v = 0; v < B::V; ++v) step(p, v, sum[0][v], dot[0][v]);
-    for (int v = 0; v < B::V; ++v) {
-      V total = sum[0][v], product = dot[0][v];
+    for (; p + U <= rows; p += U) take(p, Int<U>{});
+    for (; p < rows; ++p) take(p, Int<1>{});
+    V total[N], product[N];
+    block.load_slots(sum_slots + slot, total);
+    block.load_slots(dot_slots + slot, product);
+    for (int v = 0; v < N; ++v) {
       for (int u = 1; u < U; ++u) {
-        total += sum[u][v];
-        product += dot[u][v];
+        sum[0][v] += sum[u][v];
+        dot[0][v] += dot[u][v];
       }
-      constexpr int L = kLanes<A>;
-      store(sum_slots + v * L, load(sum_slots + v * L) + total);
-      store(dot_slots + v * L, load(dot_slots + v * L) + product);
+      total[v] += sum[0][v];
+      product[v] += dot[0][v];
     }
+    block.store_slots(sum_slots + slot, total);
+    block.store_slots(dot_slots + slot, product);
   }
 
-  template <bool kRelu, bool kDzIn> static void backward(int64_t unit, void* context) {
+  template <bool kRelu, bool kDzIn> static void backward(int64_t index, void* context) {
     const BnAct& job = *static_cast<const BnAct*>(context);
     const Units& units = job.units;
-    const int64_t c0 = units.first_channel(unit);
-    const int64_t channels = units.group_channels(unit);
-    const int64_t end = units.last_pixel(unit);
+    const Unit unit(units, index);
+    Rows rows;
+    job.gather(unit, rows);
     A sums[kGroupSlots], dots[kGroupSlots];
-    memset(sums, 0, sizeof sums);
-    memset(dots, 0, sizeof dots);
-    for (int64_t p = units.first_pixel(unit); p < end; p += kTilePixels)
-      for_each_block<A, kBlockVectors>(channels, [&](auto block, int64_t channel, int64_t slot) {
-        job.template backward_tile<kRelu, kDzIn>(p, end - p < kTilePixels ? end - p : kTilePixels, c0 + channel,
-                                                 sums + slot, dots + slot, block);
+    memset(sums, 0, slot_count<T>(unit.columns) * sizeof(A));
+    memset(dots, 0, slot_count<T>(unit.columns) * sizeof(A));
+    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
+      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
+      const int64_t offset = units.first + p * units.columns + unit.first_column;
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        job.template backward_tile<kRelu, kDzIn>(offset + column, count, slot, rows, sums, dots, block);
       });
-    A* out = job.partial + units.range(unit) * 2 * units.channels + c0;
-    for (int64_t c = 0; c < channels; ++c) {
-      out[c] = sums[slot_of<A>(c, channels)];
-      out[units.channels + c] = dots[slot_of<A>(c, channels)];
     }
+    A* out = job.partial + unit.range * 2 * units.columns + unit.first_column;
+    scatter_slots<T>(sums, unit.columns, out);
+    scatter_slots<T>(dots, unit.columns, out + units.columns);
   }
 };
 
 }  // namespace
 
 template <typename T> void bn_act_forward(const BnActParams& params) {
-  BnAct<T> job = {params, make_units<T>(params.pixels, params.channels), nullptr};
-  params.parallel.run(job.units.count(),
-                      params.slope == 0 ? &BnAct<T>::template forward<true> : &BnAct<T>::template forward<false>, &job);
+  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  for_both<0>(parts, static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
+    BnAct<T> job = {params, units, nullptr};
+    params.parallel.run(units.count(),
+                        params.slope == 0 ? &BnAct<T>::template forward<true> : &BnAct<T>::template forward<false>, &job);
+  });
 }
 
 template <typename T> void bn_act_backward(const BnActParams& params) {
   typedef Acc<T> A;
-  BnAct<T> job = {params, make_units<T>(params.pixels, params.channels), nullptr};
-  const Units& units = job.units;
-  job.partial = static_cast<A*>(thread_scratch(kScratchPartial, units.ranges * 2 * units.channels * sizeof(A)));
+  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  A* partial = partial_buffer<2, A>(parts);
   const bool relu = params.slope == 0;
-  params.parallel.run(units.count(),
-                      params.dz_in == nullptr ? relu ? &BnAct<T>::template backward<true, false>
-                                                     : &BnAct<T>::template backward<false, false>
-                                              : relu ? &BnAct<T>::template backward<true, true>
-                                                     : &BnAct<T>::template backward<false, true>,
-                      &job);
-  SumReduction<A> reduction = {job.partial, units.ranges, units.channels, job.bn(1), static_cast<A*>(params.sums)};
+  const auto task = params.dz_in == nullptr ? relu ? &BnAct<T>::template backward<true, false>
+                                                   : &BnAct<T>::template backward<false, false>
+                                            : relu ? &BnAct<T>::template backward<true, true>
+                                                   : &BnAct<T>::template backward<false, true>;
+  for_both<2>(parts, partial, [&](const Units& units, A* out) {
+    BnAct<T> job = {params, units, out};
+    params.parallel.run(units.count(), task, &job);
+  });
+  const A* invstd = static_cast<const A*>(params.bn) + params.channels;
+  SumReduction<A> reduction = {{partial, parts}, params.channels, invstd, static_cast<A*>(params.sums)};
   reduce(reduction, params.parallel);
 }
 

@@ -12,21 +12,27 @@ template <typename T> struct ChannelStats {
   Units units;
   A* partial;
 
-  static void task(int64_t unit, void* context) {
+  static void task(int64_t index, void* context) {
     const ChannelStats& job = *static_cast<const ChannelStats*>(context);
     const Units& units = job.units;
-    const int64_t stride = units.channels;
-    const int64_t end = units.last_pixel(unit);
+    const Unit unit(units, index);
+    const T* x = static_cast<const T*>(job.params.x) + units.first + unit.first_column;
     UnitStats<A> stats;
-    for (int64_t p = units.first_pixel(unit); p < end; p += kTilePixels) {
-      const int64_t pixels = end - p < kTilePixels ? end - p : kTilePixels;
-      const T* x = static_cast<const T*>(job.params.x) + p * stride + units.first_channel(unit);
-      for_each_block<A, 4>(units.group_channels(unit), [&](auto block, int64_t channel, int64_t slot) {
-        add_tile(x + channel, stride, pixels, stats, slot, block);
+    for (int64_t p = unit.begin; p < unit.end; p += kTileRows) {
+      const int64_t rows = unit.end - p < kTileRows ? unit.end - p : kTileRows;
+      if (units.step < kTileRows) fetch(x + p * units.columns, units.columns, rows, unit.columns);
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        add_tile(x + p * units.columns + column, units.columns, rows, stats, slot, block);
       });
-      stats.count += pixels;
+      stats.count += rows;
     }
-    write_partial(stats, job.partial, units, unit);
+    write_partial<T>(stats, job.partial, units, unit);
+  }
+
+  // The blocks would read memory in strides: bring the tile in by rows.
+  static void fetch(const T* x, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t p = 0; p < rows; ++p)
+      for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + p * stride + c);
   }
 };
 
@@ -34,12 +40,13 @@ template <typename T> struct ChannelStats {
 
 template <typename T> void channel_stats(const ChannelStatsParams& params) {
   typedef Acc<T> A;
-  ChannelStats<T> job = {params, make_units<T>(params.pixels, params.channels), nullptr};
-  const Units& units = job.units;
-  job.partial = static_cast<A*>(thread_scratch(kScratchPartial, units.ranges * 3 * units.channels * sizeof(A)));
-  params.parallel.run(units.count(), &ChannelStats<T>::task, &job);
-  StatsReduction<A> reduction = {job.partial,  units.ranges,      units.channels,
-                                 units.pixels, units.unit_pixels, static_cast<A*>(params.stats)};
+  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  A* partial = partial_buffer<3, A>(parts);
+  for_both<3>(parts, partial, [&](const Units& units, A* out) {
+    ChannelStats<T> job = {params, units, out};
+    params.parallel.run(units.count(), &ChannelStats<T>::task, &job);
+  });
+  StatsReduction<A> reduction = {{partial, parts}, params.channels, params.pixels, static_cast<A*>(params.stats)};
   reduce(reduction, params.parallel);
 }
 

@@ -255,10 +255,30 @@ template <typename M> struct TileInput {
   int64_t in_units;
 };
 
-// out[pixel][vector] = sum over taps and channel units of in * weight.
+// One step of the reduction: an input unit of every pixel times the weights of every vector.
 template <typename M, int NP, int NV>
+RF_INLINE void multiply_unit(Vec<typename M::A> (&acc)[NP][NV], const typename M::Unit* a, const typename M::Unit* w) {
+  constexpr int B = kBlock<M>, L = kLanes<typename M::A>;
+  typename M::UnitVec wv[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) wv[v] = load_units<M>(w + v * L);
+#pragma GCC unroll 16
+  for (int p = 0; p < NP; ++p) {
+    const typename M::Unit unit = a[p * B];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], unit, wv[v]);
+  }
+}
+
+// acc[pixel][vector] = sum over taps and channel units of in * weight, for NP pixels from `pixel` and NV vectors of output
+// channels from `channel`; then the epilogue, while the sums are in registers. Epilogue:
+//   channels                                                                    number of output channels
+//   vector<NP>(Vec<A>(&column)[NP], channel, pixel, done)                       one whole vector of channels
+//   lanes(A* column, pixels, channel, pixel, done)                              the channels that are left, [pixel][lane]
+// `done` is the caller's own number.
+template <typename M, int NP, int NV, typename Epilogue>
 __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M::Unit* in, const typename M::Unit* w,
-                                         typename M::A* out) {
+                                         const Epilogue& epilogue, int64_t channel, int64_t pixel, int64_t done) {
   typedef typename M::A A;
   constexpr int B = kBlock<M>, L = kLanes<A>;
   Vec<A> acc[NP][NV];
@@ -267,57 +287,116 @@ __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[p][v] = Vec<A>{};
   for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const typename M::Unit* block = in + t.tap_offsets[tap];
-    for (int64_t left = t.in_units; left > 0; left -= B, block += t.block_stride) {
-      const typename M::Unit* a = block;
-      const typename M::Unit* end = a + (left < B ? left : B);
-      for (; a != end; ++a, w += NV * L) {
-        typename M::UnitVec wv[NV];
+    const typename M::Unit* a = in + t.tap_offsets[tap];
+    int64_t left = t.in_units;
+    for (; left >= B; left -= B, a += t.block_stride, w += B * NV * L)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) wv[v] = load_units<M>(w + v * L);
+      for (int unit = 0; unit < B; ++unit) multiply_unit<M, NP, NV>(acc, a + unit, w + unit * NV * L);
+    for (; left > 0; --left, ++a, w += NV * L) multiply_unit<M, NP, NV>(acc, a, w);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const int64_t k = channel + v * L;
+    if (k + L <= epilogue.channels) {
+      Vec<A> column[NP];
 #pragma GCC unroll 16
-        for (int p = 0; p < NP; ++p) {
-          const typename M::Unit unit = a[p * B];
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], unit, wv[v]);
-        }
-      }
+      for (int p = 0; p < NP; ++p) column[p] = acc[p][v];
+      epilogue.template vector<NP>(column, k, pixel, done);
+    } else if (k < epilogue.channels) {
+      A column[NP * L];
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store(column + p * L, acc[p][v]);
+      epilogue.lanes(column, NP, k, pixel, done);
     }
   }
-#pragma GCC unroll 16
-  for (int p = 0; p < NP; ++p)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(out + (p * NV + v) * L, acc[p][v]);
 }
 
-template <typename M> using ConvTile = void (*)(const TileInput<M>&, const typename M::Unit*, const typename M::Unit*,
-                                                typename M::A*);
+template <typename M, typename Epilogue>
+using ConvTile = void (*)(const TileInput<M>&, const typename M::Unit*, const typename M::Unit*, const Epilogue&, int64_t,
+                          int64_t, int64_t);
 
-template <typename M, int NV> static ConvTile<M> conv_tile_of(int pixels) {
+template <typename M, typename E, int NV> static ConvTile<M, E> conv_tile_of(int pixels) {
   switch (pixels) {
-    case 1: return conv_tile<M, 1, NV>;
-    case 2: return conv_tile<M, 2, NV>;
-    case 3: return conv_tile<M, 3, NV>;
-    case 4: return conv_tile<M, 4, NV>;
-    case 5: return conv_tile<M, 5, NV>;
-    case 6: return conv_tile<M, 6, NV>;
+    case 1: return conv_tile<M, 1, NV, E>;
+    case 2: return conv_tile<M, 2, NV, E>;
+    case 3: return conv_tile<M, 3, NV, E>;
+    case 4: return conv_tile<M, 4, NV, E>;
+    case 5: return conv_tile<M, 5, NV, E>;
 #if RF_VECTOR_REGISTERS == 32
-    case 7: return conv_tile<M, 7, NV>;
-    case 8: return conv_tile<M, 8, NV>;
-    case 9: return conv_tile<M, 9, NV>;
-    case 10: return conv_tile<M, 10, NV>;
-    case 11: return conv_tile<M, 11, NV>;
-    case 12: return conv_tile<M, 12, NV>;
-    case 13: return conv_tile<M, 13, NV>;
-    default: return conv_tile<M, 14, NV>;
-#else
-    default: return conv_tile<M, 6, NV>;
+    case 6: return conv_tile<M, 6, NV, E>;
+    case 7: return conv_tile<M, 7, NV, E>;
+    case 8: return conv_tile<M, 8, NV, E>;
+    case 9: return conv_tile<M, 9, NV, E>;
+    case 10: return conv_tile<M, 10, NV, E>;
+    case 11: return conv_tile<M, 11, NV, E>;
+    case 12: return conv_tile<M, 12, NV, E>;
+    case 13: return conv_tile<M, 13, NV, E>;
 #endif
+    default: return conv_tile<M, kTilePixels, NV, E>;
   }
 }
-template <typename M> static ConvTile<M> conv_tile_of(int pixels, int vectors) {
-  return vectors == 2 ? conv_tile_of<M, 2>(pixels) : conv_tile_of<M, 1>(pixels);
+template <typename M, typename E> static ConvTile<M, E> conv_tile_of(int pixels, int vectors) {
+  return vectors == 2 ? conv_tile_of<M, E, 2>(pixels) : conv_tile_of<M, E, 1>(pixels);
 }
+
+// An output larger than this will have left the caches before it is read again: it is written past them, which spares reading
+// the lines first. Only where every vector is whole and aligned.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+template <typename T> RF_INLINE bool should_stream(const T* out, int64_t pixels, int64_t channels) {
+  const int64_t line = kLanes<Acc<T>> * (kCanStreamPairs<T> ? 2 : 1);
+  return (kCanStream<T> || kCanStreamPairs<T>) && pixels * channels * int64_t(sizeof(T)) >= kStreamBytes &&
+         channels % line == 0 && reinterpret_cast<uintptr_t>(out) % RF_VECTOR_BYTES == 0;
+}
+
+// Stores one vector of channels of NP pixels, `step` apart, as the next reader sees them; column becomes what was stored.
+// Streamed bf16 waits in `lines` ([pixel][two vectors], of the calling task) for the other vector of its line.
+template <typename T, int NP>
+RF_INLINE void store_column(T* out, int64_t channel, int64_t step, Vec<Acc<T>> (&column)[NP], bool streamed, T* lines) {
+  constexpr int L = kLanes<Acc<T>>;
+  if (kCanStream<T> && streamed) {
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) stream<T>(out + p * step + channel, column[p]);
+  } else if (kCanStreamPairs<T> && streamed) {
+    const int64_t half = channel / L % 2;
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) column[p] = store_product(lines + p * 2 * L + half * L, column[p]);
+    if constexpr (kCanStreamPairs<T>)
+      if (half == 1)
+#pragma GCC unroll 16
+        for (int p = 0; p < NP; ++p) stream_pair(out + p * step + channel - L, lines + p * 2 * L);
+  } else {
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) column[p] = store_product(out + p * step + channel, column[p]);
+  }
+}
+
+// Asks for memory that the next task will read, a little with every tile, so that it arrives while this task multiplies.
+class Prefetcher {
+ public:
+  // Of each stream [begin, end) a share with each of `steps` calls of advance().
+  void add(const void* begin, const void* end) {
+    if (begin == nullptr || streams_ == kMost) return;
+    at_[streams_] = static_cast<const char*>(begin);
+    end_[streams_] = static_cast<const char*>(end);
+    ++streams_;
+  }
+  void divide(int64_t steps) {
+    for (int i = 0; i < streams_; ++i) share_[i] = round_up(divide_up(end_[i] - at_[i], max64(1, steps)), 64);
+  }
+  RF_INLINE_METHOD void advance() {
+    for (int i = 0; i < streams_; ++i) {
+      const char* const stop = end_[i] - at_[i] < share_[i] ? end_[i] : at_[i] + share_[i];
+      for (; at_[i] < stop; at_[i] += 64) __builtin_prefetch(at_[i], 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int kMost = 3;
+  int streams_ = 0;
+  const char* at_[kMost];
+  const char* end_[kMost];
+  int64_t share_[kMost];
+};
 
 // Splits n pixels into tiles of nearly equal size: first pixel of tile i of `tiles`.
 RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) { return i * (n / tiles) + min64(i, n % tiles); }

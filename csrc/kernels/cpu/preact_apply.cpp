@@ -12,48 +12,66 @@ template <typename T> struct PreactApply {
   const PreactApplyParams& params;
   Units units;
 
-  template <bool kSkip, typename B> void tile(int64_t pixel, int64_t pixels, int64_t channel, B block) const {
-    const int64_t stride = units.channels;
-    const int64_t offset = pixel * stride + channel;
+  // The coefficients of a unit, by slot.
+  struct Rows {
+    A a[kGroupSlots], b[kGroupSlots], c[kGroupSlots], mean[kGroupSlots];
+  };
+
+  template <bool kSkip, typename B>
+  void tile(int64_t offset, int64_t count, int64_t slot, const Rows& rows, B block) const {
+    constexpr int N = B::kCount;
+    const int64_t stride = units.columns;
     const T* dz = static_cast<const T*>(params.dz) + offset;
     const T* x = static_cast<const T*>(params.x) + offset;
     const T* dskip = kSkip ? static_cast<const T*>(params.dskip) + offset : nullptr;
     T* dx = static_cast<T*>(params.dx) + offset;
-    const A* rows = static_cast<const A*>(params.coefficients) + channel;
-    V a[B::V], b[B::V], c[B::V], mean[B::V];
-    for (int v = 0; v < B::V; ++v) {
-      a[v] = block.load(rows, v);
-      b[v] = block.load(rows + stride, v);
-      c[v] = block.load(rows + 2 * stride, v);
-      mean[v] = block.load(rows + 3 * stride, v);
-    }
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int v = 0; v < B::V; ++v) {
-        V value = (block.load(x + p * stride, v) - mean[v]) * b[v] + c[v];
-        value = block.load(dz + p * stride, v) * a[v] + value;
-        if constexpr (kSkip) value += block.load(dskip + p * stride, v);
-        block.store(dx + p * stride, v, value);
+    V a[N], b[N], c[N], mean[N];
+    block.load_slots(rows.a + slot, a);
+    block.load_slots(rows.b + slot, b);
+    block.load_slots(rows.c + slot, c);
+    block.load_slots(rows.mean + slot, mean);
+    for (int64_t p = 0; p < count; ++p) {
+      V value[N], gradient[N], skip[N];
+      block.load(x + p * stride, value);
+      block.load(dz + p * stride, gradient);
+      if constexpr (kSkip) block.load(dskip + p * stride, skip);
+      for (int v = 0; v < N; ++v) {
+        value[v] = gradient[v] * a[v] + ((value[v] - mean[v]) * b[v] + c[v]);
+        if constexpr (kSkip) value[v] += skip[v];
       }
+      block.store(dx + p * stride, value);
+    }
   }
 
-  template <bool kSkip> static void task(int64_t unit, void* context) {
+  template <bool kSkip> static void task(int64_t index, void* context) {
     const PreactApply& job = *static_cast<const PreactApply*>(context);
     const Units& units = job.units;
-    const int64_t c0 = units.first_channel(unit);
-    const int64_t end = units.last_pixel(unit);
-    for (int64_t p = units.first_pixel(unit); p < end; p += kTilePixels)
-      for_each_block<A, kBlockVectors>(units.group_channels(unit), [&](auto block, int64_t channel, int64_t) {
-        job.template tile<kSkip>(p, end - p < kTilePixels ? end - p : kTilePixels, c0 + channel, block);
+    const Unit unit(units, index);
+    const A* coefficients = static_cast<const A*>(job.params.coefficients) + unit.first_channel;
+    Rows rows;
+    gather_slots<T>(coefficients, units.channels, unit.columns, rows.a);
+    gather_slots<T>(coefficients + units.channels, units.channels, unit.columns, rows.b);
+    gather_slots<T>(coefficients + 2 * units.channels, units.channels, unit.columns, rows.c);
+    gather_slots<T>(coefficients + 3 * units.channels, units.channels, unit.columns, rows.mean);
+    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
+      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
+      const int64_t offset = units.first + p * units.columns + unit.first_column;
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        job.template tile<kSkip>(offset + column, count, slot, rows, block);
       });
+    }
   }
 };
 
 }  // namespace
 
 template <typename T> void preact_apply(const PreactApplyParams& params) {
-  PreactApply<T> job = {params, make_units<T>(params.pixels, params.channels)};
-  params.parallel.run(job.units.count(),
-                      params.dskip ? &PreactApply<T>::template task<true> : &PreactApply<T>::template task<false>, &job);
+  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  for_both<0>(parts, static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
+    PreactApply<T> job = {params, units};
+    params.parallel.run(units.count(),
+                        params.dskip ? &PreactApply<T>::template task<true> : &PreactApply<T>::template task<false>, &job);
+  });
 }
 
 template void preact_apply<float>(const PreactApplyParams&);

@@ -42,48 +42,48 @@ template <typename T> struct Epilogue {
   bool relu;
   const T* dz_in;
   T* dz;
+  bool streamed;
+  T* lines;
   A* sum_dz;
   A* sum_dz_xhat;
+  int64_t pixel_step;  // neighbours of a phase are a stride apart
 
-  template <int NV>
-  void apply(const A* tile, int np, int64_t channel, int64_t pixel, int64_t pixel_step) const {
-    constexpr int L = kLanes<A>;
-    for (int v = 0; v < NV; ++v) {
-      const int64_t c = channel + v * L;
-      if (c >= channels) return;
-      if (channels - c >= L)
-        apply_vector(tile + v * L, NV * L, np, c, pixel, pixel_step);
-      else
-        apply_lanes(tile + v * L, NV * L, np, c, pixel, pixel_step);
-    }
-  }
-
-  void apply_vector(const A* tile, int stride, int np, int64_t c, int64_t pixel, int64_t step) const {
+  template <int NP> RF_INLINE_METHOD void vector(Vec<A> (&column)[NP], int64_t c, int64_t pixel, int64_t) const {
     const Vec<A> mean = load(bn + c), invstd = load(bn + channels + c);
     const Vec<A> scale = load(bn + 2 * channels + c), shift = load(bn + 3 * channels + c), slopes = splat<A>(slope);
+    const T* const first = x + pixel * channels + c;
+    const int64_t step = pixel_step * channels;
+    // The mask leaves x - mean behind for the reductions: x is read once.
+    Vec<A> centred[NP];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      const Vec<A> value = load(first + p * step);
+      column[p] = activate_grad<A>(preact(value, scale, shift), column[p], slopes, relu);
+      centred[p] = value - mean;
+    }
+    if (dz_in) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) column[p] += load(dz_in + pixel * channels + c + p * step);
+    }
+    store_column<T>(dz + pixel * channels, c, step, column, streamed, lines);
     Vec<A> sum = {}, sum_xhat = {};
-    for (int p = 0; p < np; ++p) {
-      const int64_t at = (pixel + p * step) * channels + c;
-      const Vec<A> value = load(x + at);
-      Vec<A> d = activate_grad<A>(preact(value, scale, shift), load(tile + p * stride), slopes, relu);
-      if (dz_in) d += load(dz_in + at);
-      d = rounded<T>(d);
-      store(dz + at, d);
-      sum += d;
-      sum_xhat += d * (value - mean);
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      sum += column[p];
+      sum_xhat += column[p] * centred[p];
     }
     store(sum_dz + c, load(sum_dz + c) + sum);
     store(sum_dz_xhat + c, load(sum_dz_xhat + c) + sum_xhat * invstd);
   }
 
-  void apply_lanes(const A* tile, int stride, int np, int64_t c0, int64_t pixel, int64_t step) const {
+  void lanes(const A* column, int np, int64_t c0, int64_t pixel, int64_t) const {
     for (int64_t c = c0; c < channels; ++c) {
       A sum = 0, sum_xhat = 0;
       for (int p = 0; p < np; ++p) {
-        const int64_t at = (pixel + p * step) * channels + c;
+        const int64_t at = (pixel + p * pixel_step) * channels + c;
         const A value = load1(x + at);
         const A z = preact(value, bn[2 * channels + c], bn[3 * channels + c]);
-        A d = activate_grad1<A>(z, tile[p * stride + (c - c0)], slope, relu);
+        A d = activate_grad1<A>(z, column[p * kLanes<A> + (c - c0)], slope, relu);
         if (dz_in) d += load1(dz_in + at);
         d = rounded1<T>(d);
         store1(dz + at, d);
@@ -102,7 +102,6 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   typedef typename ModeOf<T>::type M;
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
-  constexpr int L = kLanes<A>;
   constexpr int B = kBlock<M>;
   const ConvGeometry& g = params.g;
 
@@ -163,13 +162,14 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
                      taps_s + first);
   });
 
+  const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
   A* const partial = static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * g.c * sizeof(A)));
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
-    A* const tile = static_cast<A*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * L * sizeof(A)));
+    T* const lines = static_cast<T*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * kLanes<A> * sizeof(T)));
     A* const sums = partial + task * 2 * g.c;
     memset(sums, 0, size_t(2 * g.c) * sizeof(A));
 
@@ -180,8 +180,11 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
                                   params.slope == 0,
                                   static_cast<const T*>(params.dz_in),
                                   static_cast<T*>(params.dz),
+                                  streamed,
+                                  lines,
                                   sums,
-                                  sums + g.c};
+                                  sums + g.c,
+                                  g.stride_w};
     int64_t image = 0, row0 = 0, rows = 1;
     BandLayout layout;
     if (pointwise) {
@@ -197,6 +200,25 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
     }
     for (int64_t t = 0; t < found; ++t) tap_offsets[t] = (tap_row[t] * layout.slots + tap_col[t]) * B;
 
+    Prefetcher next;
+    if (task + 1 < tasks) {
+      const T* const dy = static_cast<const T*>(params.dy);
+      int64_t begin, end, first, last;  // of the next task: pixels of dy, pixels of x
+      if (pointwise) {
+        begin = first = (task + 1) * chunk;
+        end = last = min64(pixels, begin + chunk);
+      } else {
+        const int64_t image = (task + 1) / bands, index = (task + 1) % bands * band_rows;
+        begin = (image * g.p + min64(g.p, max64(0, index + eh.least))) * g.q;
+        end = (image * g.p + min64(g.p, max64(0, index + band_rows + eh.most))) * g.q;
+        first = (image * g.h + index * g.stride_h) * g.w;
+        last = (image * g.h + min64(g.h, (index + band_rows) * g.stride_h)) * g.w;
+      }
+      next.add(dy + begin * g.k, dy + end * g.k);
+      next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
+      if (epilogue.dz_in) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
+      next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
+    }
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
       const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
@@ -216,15 +238,14 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
             const int np = int(split_begin(cols, tiles, i + 1) - begin);
             const int64_t pixel = pointwise ? task * chunk + begin
                                             : (image * g.h + h) * g.w + begin * g.stride_w + phase_w;
-            conv_tile_of<M>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, tile);
-            if (vectors == 2)
-              epilogue.template apply<2>(tile, np, channel, pixel, g.stride_w);
-            else
-              epilogue.template apply<1>(tile, np, channel, pixel, g.stride_w);
+            next.advance();
+            conv_tile_of<M, Epilogue<T>>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, epilogue, channel,
+                                                      pixel, 0);
           }
         }
       }
     }
+    if (streamed) stream_fence();
   });
 
   A* const sums = static_cast<A*>(params.sums);  // in the order of the tasks, whichever thread ran them

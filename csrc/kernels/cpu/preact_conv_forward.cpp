@@ -48,66 +48,57 @@ template <typename T> struct Epilogue {
   const A* bias;
   const T* residual;
   T* y;
+  bool streamed;
+  T* lines;
   A* mean;  // of this task, null: no statistics
   A* m2;
 
-  // tile: [np][nv*L]; its pixels are consecutive from `pixel`; `done` pixels of this channel block were merged before.
-  template <int NV> void apply(A* tile, int np, int64_t channel, int64_t pixel, int64_t done) const {
-    constexpr int L = kLanes<A>;
-    for (int v = 0; v < NV; ++v) {
-      const int64_t k = channel + v * L;
-      if (k >= channels) return;
-      if (channels - k >= L)
-        apply_vector(tile + v * L, NV * L, np, k, pixel, done);
-      else
-        apply_lanes(tile + v * L, NV * L, np, k, pixel, done);
+  // `done` pixels of these channels were merged before.
+  template <int NP> RF_INLINE_METHOD void vector(Vec<A> (&column)[NP], int64_t k, int64_t pixel, int64_t done) const {
+    if (bias) {
+      const Vec<A> b = load(bias + k);
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) column[p] += b;
     }
-  }
-
-  void apply_vector(A* tile, int stride, int np, int64_t k, int64_t pixel, int64_t done) const {
-    Vec<A> sum = {};
-    const Vec<A> b = bias ? load(bias + k) : Vec<A>{};
-    for (int p = 0; p < np; ++p) {
-      const int64_t at = (pixel + p) * channels + k;
-      Vec<A> value = load(tile + p * stride) + b;
-      if (residual) value += load(residual + at);
-      store(y + at, value);
-      if (mean) {
-        value = rounded<T>(value);
-        store(tile + p * stride, value);
-        sum += value;
-      }
+    if (residual) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) column[p] += load(residual + (pixel + p) * channels + k);
     }
+    store_column<T>(y + pixel * channels, k, channels, column, streamed, lines);
     if (!mean) return;
-    const Vec<A> tile_mean = sum * (A(1) / A(np));
-    Vec<A> tile_m2 = {};
-    for (int p = 0; p < np; ++p) {
-      const Vec<A> d = load(tile + p * stride) - tile_mean;
+    Vec<A> sum = {}, tile_m2 = {};
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) sum += column[p];
+    const Vec<A> tile_mean = sum * (A(1) / A(NP));
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      const Vec<A> d = column[p] - tile_mean;
       tile_m2 += d * d;
     }
     Vec<A> total_mean = load(mean + k), total_m2 = load(m2 + k);
-    merge_stats(A(done), total_mean, total_m2, A(np), tile_mean, tile_m2);
+    merge_stats(A(done), total_mean, total_m2, A(NP), tile_mean, tile_m2);
     store(mean + k, total_mean);
     store(m2 + k, total_m2);
   }
 
-  void apply_lanes(A* tile, int stride, int np, int64_t k, int64_t pixel, int64_t done) const {
+  void lanes(A* column, int np, int64_t k, int64_t pixel, int64_t done) const {
+    constexpr int stride = kLanes<A>;
     for (int64_t lane = 0; lane < channels - k; ++lane) {
       A sum = 0;
       for (int p = 0; p < np; ++p) {
         const int64_t at = (pixel + p) * channels + k + lane;
-        A value = tile[p * stride + lane] + (bias ? bias[k + lane] : A(0));
+        A value = column[p * stride + lane] + (bias ? bias[k + lane] : A(0));
         if (residual) value += load1(residual + at);
         store1(y + at, value);
         value = rounded1<T>(value);
-        tile[p * stride + lane] = value;
+        column[p * stride + lane] = value;
         sum += value;
       }
       if (!mean) continue;
       const A tile_mean = sum * (A(1) / A(np));
       A tile_m2 = 0;
       for (int p = 0; p < np; ++p) {
-        const A d = tile[p * stride + lane] - tile_mean;
+        const A d = column[p * stride + lane] - tile_mean;
         tile_m2 += d * d;
       }
       merge_stats(A(done), mean[k + lane], m2[k + lane], A(np), tile_mean, tile_m2);
@@ -121,7 +112,6 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   typedef typename ModeOf<T>::type M;
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
-  constexpr int L = kLanes<A>;
   const ConvGeometry& g = params.g;
   const Work work = plan_work<M>(g);
   const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
@@ -144,12 +134,13 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   A* const partial =
       params.stats ? static_cast<A*>(thread_scratch(kScratchPartial, size_t(work.tasks) * 2 * g.k * sizeof(A))) : nullptr;
 
+  const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
   const BandLayout largest = make_band<M>(g.c, work.rows, work.cols, g.stride_w);
   parallel_for(params.parallel, work.tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
-    A* const tile = static_cast<A*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * L * sizeof(A)));
+    T* const lines = static_cast<T*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * kLanes<A> * sizeof(T)));
 
     int64_t out_rows, out_cols, first_pixel;
     BandLayout layout;
@@ -177,11 +168,33 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
                             static_cast<const A*>(params.bias),
                             static_cast<const T*>(params.residual),
                             static_cast<T*>(params.y),
+                            streamed,
+                            lines,
                             partial ? partial + task * 2 * g.k : nullptr,
                             partial ? partial + task * 2 * g.k + g.k : nullptr};
     if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
     const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, pack.in_units};
     const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
+    Prefetcher next;
+    if (task + 1 < work.tasks) {
+      const T* const x = static_cast<const T*>(params.x);
+      int64_t begin, end, pixel, count;  // of the next task: input pixels, output pixels
+      if (work.pointwise) {
+        begin = pixel = first_pixel + out_cols;
+        count = min64(work.chunk, work.pixels - begin);
+        end = begin + count;
+      } else {
+        const int64_t image = (task + 1) / work.bands, p0 = (task + 1) % work.bands * work.band_rows;
+        const int64_t top = p0 * g.stride_h - g.pad_h;
+        begin = (image * g.h + max64(0, top)) * g.w;
+        end = (image * g.h + max64(0, min64(g.h, top + work.rows))) * g.w;
+        pixel = (image * g.p + p0) * g.q;
+        count = min64(work.band_rows, g.p - p0) * g.q;
+      }
+      next.add(x + begin * g.c, x + end * g.c);
+      if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
+      next.divide(pack.out_blocks * out_rows * tiles);
+    }
     for (int64_t block = 0; block < pack.out_blocks; ++block) {
       const Unit* const w = packed + pack_block_offset<M>(pack, block);
       const int64_t channel = block * kOutBlock<A>;
@@ -191,16 +204,14 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t begin = split_begin(out_cols, tiles, i);
           const int np = int(split_begin(out_cols, tiles, i + 1) - begin);
+          next.advance();
           const Unit* const in = band + (row * g.stride_h * layout.slots + begin) * kBlock<M>;
           const int64_t pixel = first_pixel + row * out_cols + begin;
-          conv_tile_of<M>(np, vectors)(input, in, w, tile);
-          if (vectors == 2)
-            epilogue.template apply<2>(tile, np, channel, pixel, done);
-          else
-            epilogue.template apply<1>(tile, np, channel, pixel, done);
+          conv_tile_of<M, Epilogue<T>>(np, vectors)(input, in, w, epilogue, channel, pixel, done);
           done += np;
         }
     }
+    if (streamed) stream_fence();
   });
 
   if (params.stats) {  // in the order of the tasks, whichever thread ran them

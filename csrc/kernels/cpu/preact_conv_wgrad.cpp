@@ -185,6 +185,7 @@ template <typename M, typename T> struct Wgrad {
 
   // One band of rows or run of pixels, added to `partial` [slot group][k][vectors] and, if wanted, to dbias.
   void add_unit(int64_t unit, A* partial, A* dbias) const {
+    int64_t next_x = 0, next_dy = 0, past_x = 0, past_dy = 0;  // pixels that the next unit reads
     const BandLayout largest = make_band<FillMode>(g.c, plan.rows, plan.cols, g.stride_w);
     A* const bands = static_cast<A*>(thread_scratch(
         kScratchActivation, size_t(max64(1, plan.images) * band_units<FillMode>(largest)) * sizeof(A)));
@@ -199,6 +200,8 @@ template <typename M, typename T> struct Wgrad {
       layout = make_band<FillMode>(g.c, 1, out_cols, 1);
       fill_band<FillMode, T>(bands, layout, x + first * g.c, 1, out_cols, 0, 0, prologue);
       dy = static_cast<const T*>(params.dy) + first * g.k;
+      next_x = next_dy = first + out_cols;
+      past_x = past_dy = min64(plan.pixels, next_x + plan.chunk);
     } else {
       const int64_t image = unit / plan.bands * plan.images, p0 = unit % plan.bands * plan.band_rows;
       images = min64(plan.images, g.n - image);
@@ -209,6 +212,11 @@ template <typename M, typename T> struct Wgrad {
         fill_band<FillMode, T>(bands + i * band_units<FillMode>(layout), layout, x + (image + i) * g.h * g.w * g.c, g.h,
                                g.w, p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
       dy = static_cast<const T*>(params.dy) + (image * g.p + p0) * g.q * g.k;
+      // Rows that follow: they are of the next band, or of the next images.
+      next_x = min64(g.n * g.h, (image + images - 1) * g.h + max64(0, (p0 + out_rows) * g.stride_h)) * g.w;
+      past_x = min64(g.n * g.h * g.w, next_x + images * layout.rows * g.w);
+      next_dy = ((image + images - 1) * g.p + p0 + out_rows) * g.q;
+      past_dy = min64(g.n * g.p * g.q, next_dy + images * out_rows * g.q);
     }
     // With several images per unit a band is a whole image, so their dy rows are contiguous.
     const int64_t dy_rows = images * out_rows;
@@ -268,6 +276,11 @@ template <typename M, typename T> struct Wgrad {
         plan.pointwise ? max64(kTilePass / 4, 24 * 1024 / max64(1, (layout.blocks * L + g.k) * int64_t(sizeof(Unit)))) : tile.cols;
     const int64_t all_cols = tile.cols;
     const Unit* const dy_base = tile.dy;
+    Prefetcher next;
+    next.add(x + next_x * g.c, x + past_x * g.c);
+    next.add(static_cast<const T*>(params.dy) + next_dy * g.k, static_cast<const T*>(params.dy) + past_dy * g.k);
+    next.divide(divide_up(out_rows, step) * divide_up(all_cols, col_step) * divide_up(plan.slots, vectors_at(0)) *
+                divide_up(g.k, int64_t(tile_outputs(int(vectors_at(0))))));
     for (int64_t row = 0; row < out_rows; row += step)
       for (int64_t col = 0; col < all_cols; col += col_step) {
         tile.rows = min64(step, out_rows - row);
@@ -286,6 +299,7 @@ template <typename M, typename T> struct Wgrad {
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t k = split_begin(g.k, tiles, i);
             const int outputs = int(split_begin(g.k, tiles, i + 1) - k);
+            next.advance();
             tile.dy = dy_base + row * tile.dy_row + col * g.k + k;
             A* const at = partial + (slot * g.k + k * vectors) * L;
             if (vectors == 3)

@@ -14,71 +14,81 @@ template <typename T> struct ResidualAdd {
   const ResidualAddParams& params;
   Units units;
   A* partial;
+  int64_t image_rows;  // that share a gate
 
-  // scale and bias: of y, for this group and image; unused in the plain sum.
+  // scale and bias: of y, for this unit and image, by slot; unused in the plain sum.
   template <bool kPlain, Activation kAct, typename B>
-  void tile(int64_t offset, int64_t pixels, const A* scale, const A* bias, B block) const {
-    const int64_t stride = units.channels;
+  void tile(int64_t offset, int64_t rows, const A* scale_slots, const A* bias_slots, B block) const {
+    constexpr int N = B::kCount;
+    const int64_t stride = units.columns;
     const T* x = static_cast<const T*>(params.x) + offset;
     const T* y = static_cast<const T*>(params.y) + offset;
     T* out = static_cast<T*>(params.out) + offset;
     const V slope = splat<A>(static_cast<A>(params.slope));
-    V m[B::V], b[B::V];
-    if constexpr (!kPlain)
-      for (int v = 0; v < B::V; ++v) {
-        m[v] = block.load(scale, v);
-        b[v] = block.load(bias, v);
+    V scale[N], bias[N];
+    if constexpr (!kPlain) {
+      block.load_slots(scale_slots, scale);
+      block.load_slots(bias_slots, bias);
+    }
+    for (int64_t p = 0; p < rows; ++p) {
+      V sum[N], branch[N];
+      block.load(x + p * stride, sum);
+      block.load(y + p * stride, branch);
+      for (int v = 0; v < N; ++v) {
+        if constexpr (!kPlain) branch[v] = branch[v] * scale[v] + bias[v];
+        sum[v] += branch[v];
+        if constexpr (kAct != Activation::none) sum[v] = activate<A>(sum[v], slope, kAct == Activation::relu);
       }
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int v = 0; v < B::V; ++v) {
-        V sum = block.load(y + p * stride, v);
-        if constexpr (!kPlain) sum = sum * m[v] + b[v];
-        sum += block.load(x + p * stride, v);
-        if constexpr (kAct != Activation::none) sum = activate<A>(sum, slope, kAct == Activation::relu);
-        block.store(out + p * stride, v, sum);
-      }
+      block.store(out + p * stride, sum);
+    }
   }
 
-  // alpha * gate * affine of one image.
-  void coefficients(int64_t image, int64_t c0, int64_t channels, A* scale, A* bias) const {
+  // alpha * gate * affine of one image, by slot.
+  void coefficients(int64_t image, const Unit& unit, A* scale, A* bias) const {
     const A* affine = static_cast<const A*>(params.affine);
     const A* gate = static_cast<const A*>(params.gate);
-    for (int64_t c = 0; c < channels; ++c) {
+    const int64_t slots = slot_count<T>(unit.columns);
+    for (int64_t s = 0; s < slots; ++s) {
+      const int64_t column = channel_of_slot<T>(s, unit.columns);
+      scale[s] = bias[s] = A(0);
+      if (column < 0) continue;
+      const int64_t c = unit.first_channel + (column < params.channels ? column : column % params.channels);
       A factor = static_cast<A>(params.alpha);
-      if (gate) factor *= params.gate_channels == 1 ? gate[image] : gate[image * params.channels + c0 + c];
-      scale[c] = affine ? factor * affine[c0 + c] : factor;
-      bias[c] = affine ? factor * affine[params.channels + c0 + c] : A(0);
+      if (gate) factor *= params.gate_channels == 1 ? gate[image] : gate[image * params.channels + c];
+      scale[s] = affine ? factor * affine[c] : factor;
+      if (affine) bias[s] = factor * affine[params.channels + c];
     }
   }
 
-  template <bool kPlain, Activation kAct> static void task(int64_t unit, void* context) {
+  template <bool kPlain, Activation kAct> static void task(int64_t index, void* context) {
     const ResidualAdd& job = *static_cast<const ResidualAdd*>(context);
     const Units& units = job.units;
-    const int64_t c0 = units.first_channel(unit);
-    const int64_t channels = units.group_channels(unit);
-    const int64_t end = units.last_pixel(unit);
-    // Only a gate differs from image to image.
-    const int64_t image_pixels = job.params.gate ? job.params.pixels_per_image : units.pixels;
+    const Unit unit(units, index);
+    const T* out = static_cast<const T*>(job.params.out);
     const bool want_stats = job.params.stats != nullptr;
-    A scale[kMaxGroupChannels], bias[kMaxGroupChannels];
+    A scale[kGroupSlots], bias[kGroupSlots];
     UnitStats<A> stats;
     int64_t current = -1;
-    for (int64_t p = units.first_pixel(unit); p < end;) {
-      const int64_t image = p / image_pixels;
-      int64_t pixels = end - p < kTilePixels ? end - p : kTilePixels;
-      if ((image + 1) * image_pixels - p < pixels) pixels = (image + 1) * image_pixels - p;
-      if (!kPlain && image != current) job.coefficients(image, c0, channels, scale, bias);
+    for (int64_t p = unit.begin; p < unit.end;) {
+      const int64_t image = p / job.image_rows;
+      int64_t rows = unit.end - p < kTileRows ? unit.end - p : kTileRows;
+      if ((image + 1) * job.image_rows - p < rows) rows = (image + 1) * job.image_rows - p;
+      if (!kPlain && image != current) job.coefficients(image, unit, scale, bias);
       current = image;
-      const int64_t offset = p * units.channels + c0;
-      for_each_block<A, 4>(channels, [&](auto block, int64_t channel, int64_t slot) {
-        job.template tile<kPlain, kAct>(offset + channel, pixels, scale + channel, bias + channel, block);
-        if (want_stats)
-          add_tile(static_cast<const T*>(job.params.out) + offset + channel, units.channels, pixels, stats, slot, block);
-      });
-      stats.count += pixels;
-      p += pixels;
+      const int64_t tile = units.first + p * units.columns + unit.first_column;
+      for (int64_t r = 0; r < rows; r += units.step)
+        for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+          job.template tile<kPlain, kAct>(tile + r * units.columns + column, rows - r < units.step ? rows - r : units.step,
+                                          scale + slot, bias + slot, block);
+        });
+      if (want_stats)
+        for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+          add_tile(out + tile + column, units.columns, rows, stats, slot, block);
+        });
+      stats.count += rows;
+      p += rows;
     }
-    if (want_stats) write_partial(stats, job.partial, units, unit);
+    if (want_stats) write_partial<T>(stats, job.partial, units, unit);
   }
 
   template <bool kPlain> void run() {
@@ -94,35 +104,17 @@ template <typename T> struct ResidualAdd {
 template <typename T> void residual_add(const ResidualAddParams& params) {
   typedef Acc<T> A;
   const bool plain = params.affine == nullptr && params.gate == nullptr && params.alpha == 1;
-  int64_t pixels = params.images * params.pixels_per_image;
-  int64_t channels = params.channels;
-  if (plain && !params.stats && channels < kLanes<A>) {
-    // Nothing is per channel: rows of any length will do, and a row shorter than a vector is slow.
-    const int64_t elements = pixels * channels;
-    const int64_t row = elements < kGroupChannels ? elements : kGroupChannels;
-    const int64_t rest = elements % row;
-    if (rest > 0) {
-      ResidualAddParams tail = params;
-      const int64_t offset = (elements - rest) * static_cast<int64_t>(sizeof(T));
-      tail.x = static_cast<const char*>(params.x) + offset;
-      tail.y = static_cast<const char*>(params.y) + offset;
-      tail.out = static_cast<char*>(params.out) + offset;
-      tail.images = tail.pixels_per_image = 1;
-      tail.channels = rest;
-      ResidualAdd<T>{tail, make_units<T>(1, rest), nullptr}.template run<true>();
-    }
-    pixels = elements / row;
-    channels = row;
-  }
-  ResidualAdd<T> job = {params, make_units<T>(pixels, channels), nullptr};
-  const Units& units = job.units;
-  if (params.stats)
-    job.partial = static_cast<A*>(thread_scratch(kScratchPartial, units.ranges * 3 * units.channels * sizeof(A)));
-  if (plain) job.template run<true>();
-  else job.template run<false>();
+  const int64_t pixels = params.images * params.pixels_per_image;
+  // A gate differs from image to image: a row must not hold pixels of two.
+  const Split parts = split<T>(pixels, params.channels, params.gate ? 1 : pixels_per_row<T>(params.channels));
+  A* partial = params.stats ? partial_buffer<3, A>(parts) : nullptr;
+  for_both<3>(parts, partial, [&](const Units& units, A* out) {
+    ResidualAdd<T> job = {params, units, out, params.gate ? params.pixels_per_image : units.rows};
+    if (plain) job.template run<true>();
+    else job.template run<false>();
+  });
   if (params.stats) {
-    StatsReduction<A> reduction = {job.partial,  units.ranges,      units.channels,
-                                   units.pixels, units.unit_pixels, static_cast<A*>(params.stats)};
+    StatsReduction<A> reduction = {{partial, parts}, params.channels, pixels, static_cast<A*>(params.stats)};
     reduce(reduction, params.parallel);
   }
 }

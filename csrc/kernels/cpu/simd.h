@@ -25,6 +25,7 @@
 #endif
 
 #define RF_INLINE static inline __attribute__((always_inline))
+#define RF_INLINE_METHOD inline __attribute__((always_inline))
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -70,11 +71,21 @@ RF_INLINE bf16 float_to_bf16(float v) {
 // Unaligned vector loads and stores that convert between storage and acc.
 RF_INLINE vfloat load(const float* p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
 RF_INLINE vdouble load(const double* p) { vdouble v; memcpy(&v, p, sizeof v); return v; }
+// By name where there is an instruction: GCC 12 converts the halves of a vector apart and joins them.
+RF_INLINE vfloat bf16_to_float(vuint16_half bits) {
+#if RF_LEVEL >= 2
+  const vuint32 wide = (vuint32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif RF_LEVEL == 1
+  const vuint32 wide = (vuint32)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  const vuint32 wide = __builtin_convertvector(bits, vuint32);
+#endif
+  return (vfloat)(wide << 16);
+}
 RF_INLINE vfloat load(const bf16* p) {
-  vuint16_half half;
-  memcpy(&half, p, sizeof half);
-  const vuint32 wide = __builtin_convertvector(half, vuint32) << 16;
-  return (vfloat)wide;
+  vuint16_half bits;
+  memcpy(&bits, p, sizeof bits);
+  return bf16_to_float(bits);
 }
 RF_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 RF_INLINE void store(double* p, vdouble v) { memcpy(p, &v, sizeof v); }
@@ -94,7 +105,7 @@ template <typename T> RF_INLINE Vec<Acc<T>> load_partial(const T* p, int n) {
   const uint32_t mask = (1u << n) - 1;
   if constexpr (sizeof(T) == 8) return (vdouble)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   else if constexpr (sizeof(T) == 4) return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
-  else return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)), 16);
+  else return bf16_to_float((vuint16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
 #else
   T buffer[kLanes<Acc<T>>] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
@@ -122,9 +133,60 @@ RF_INLINE void store1(bf16* p, float v) { *p = float_to_bf16(v); }
 
 // The value as it is read back after a store: statistics are of the rounded output.
 template <typename T> RF_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
-  if constexpr (sizeof(T) == 2) return (vfloat)(bf16_bits(v) & 0xffff0000u);
-  else return v;
+  if constexpr (sizeof(T) == 2) {
+    const vuint32 bits = (vuint32)v;
+    const vuint32 nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    return v != v ? (vfloat)(vuint32{} + 0x7fc00000u) : (vfloat)nearest;
+  } else {
+    return v;
+  }
 }
+
+// Stores v and returns it as stored. At the bf16 level by the CPU's own conversion, which takes denormals as 0, like the
+// products that v is a sum of.
+RF_INLINE vfloat store_product(float* p, vfloat v) { store(p, v); return v; }
+RF_INLINE vdouble store_product(double* p, vdouble v) { store(p, v); return v; }
+RF_INLINE vfloat store_product(bf16* p, vfloat v) {
+#if RF_LEVEL >= 3
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &half, sizeof half);
+  return bf16_to_float((vuint16_half)half);
+#else
+  v = rounded<bf16>(v);
+  store(p, v);
+  return v;
+#endif
+}
+// Whether whole vectors of T can go to memory past the caches; p must then be aligned to a vector. bf16 goes in pairs of
+// vectors (stream_pair): half a line at a time would be slower than through the caches.
+template <typename T> constexpr bool kCanStream = RF_LEVEL >= 1 && sizeof(T) >= 4;
+template <typename T> constexpr bool kCanStreamPairs = RF_LEVEL >= 2 && sizeof(T) == 2;
+RF_INLINE void stream_pair(bf16* p, const bf16* from) {
+#if RF_LEVEL >= 2
+  __m512i line;
+  memcpy(&line, from, sizeof line);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+#else
+  memcpy(p, from, 2 * kLanes<float> * sizeof(bf16));
+#endif
+}
+template <typename T> RF_INLINE void stream(T* p, Vec<Acc<T>> v) {
+#if RF_LEVEL >= 2
+  if constexpr (sizeof(T) == 8) return _mm512_stream_pd(p, (__m512d)v);
+  if constexpr (sizeof(T) == 4) return _mm512_stream_ps(p, (__m512)v);
+#elif RF_LEVEL == 1
+  if constexpr (sizeof(T) == 8) return _mm256_stream_pd(p, (__m256d)v);
+  if constexpr (sizeof(T) == 4) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store_product(p, v);
+}
+// Orders streamed stores before what the thread publishes next.
+RF_INLINE void stream_fence() {
+#if RF_LEVEL >= 1
+  _mm_sfence();
+#endif
+}
+
 template <typename T> RF_INLINE Acc<T> rounded1(Acc<T> v) {
   T buffer;
   store1(&buffer, v);

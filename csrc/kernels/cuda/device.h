@@ -9,8 +9,8 @@ namespace cuda {
 // Version of the CUDA runtime that this process has loaded: 1000*major + 10*minor.
 cudaError_t runtime_version(int* version);
 
-// Compute capability, 10*major + minor, that the machine code was compiled for which the current device would run; an
-// error where this library has none for it. Launches nothing.
+// Compute capability, 10*major + minor, that the machine code was compiled for which the current device would
+// run; an error where this library has none for it. Launches nothing.
 cudaError_t kernel_architecture(int* architecture);
 
 }  // namespace cuda
