@@ -141,19 +141,47 @@ template <typename A> WgradPlan plan_wgrad(const ConvGeometry& g) {
 }
 
 #if RF_LEVEL >= 3
-// [row][slot] of bf16 values held as float32 -> pairs of neighbouring slots (first, first + 1), (first + 2, ...), within
-// each residue plane. `first` is 0 or 1: a tap at an odd offset reads the pairs that begin at an odd slot.
-void pair_slots(uint32_t* out, const float* band, const BandLayout& b, int64_t first, int64_t pairs) {
+// A band as fill_band makes it, but of pairs of neighbouring slots (2j, 2j + 1) of each residue plane, [channel block][row]
+// [residue][pair][channel]: two bf16 values to a unit. `odd`, if not null, gets the pairs (2j + 1, 2j + 2), which the taps at
+// an odd offset read.
+void fill_pairs(uint32_t* even, uint32_t* odd, const BandLayout& b, int64_t pairs, const bf16* image, int64_t height,
+                int64_t width, int64_t row0, int64_t col0, const Prologue<float>& prologue) {
   constexpr int L = kLanes<float>;
-  for (int64_t line = 0; line < b.blocks * b.rows * b.col_stride; ++line) {
-    const float* in = band + line * b.plane * L;
-    for (int64_t j = 0; j < pairs; ++j, out += L) {
-      const int64_t slot = 2 * j + first;
-      const vuint32 lo = slot < b.plane ? (vuint32)load(in + slot * L) : vuint32{};
-      const vuint32 hi = slot + 1 < b.plane ? (vuint32)load(in + (slot + 1) * L) : vuint32{};
-      const vuint32 both = (lo >> 16) | (hi & 0xffff0000u);
-      memcpy(out, &both, sizeof both);
-    }
+  alignas(64) uint16_t order[2 * L];  // lane i of the first, lane i of the second, ...
+  for (int i = 0; i < L; ++i) {
+    order[2 * i] = uint16_t(i);
+    order[2 * i + 1] = uint16_t(L + i);
+  }
+  const __m512i interleave = _mm512_load_si512(order);
+  for (int64_t block = 0; block < b.blocks; ++block) {
+    const int64_t channel = block * L;
+    const int valid = int(min64(L, b.channels - channel));
+    for (int64_t row = 0; row < b.rows; ++row)
+      for (int64_t residue = 0; residue < b.col_stride; ++residue) {
+        const int64_t line = ((block * b.rows + row) * b.col_stride + residue) * pairs * L, h = row0 + row;
+        if (h < 0 || h >= height) {
+          memset(even + line, 0, size_t(pairs) * L * sizeof(uint32_t));
+          if (odd) memset(odd + line, 0, size_t(pairs) * L * sizeof(uint32_t));
+          continue;
+        }
+        const bf16* const in = image + h * width * b.channels + channel;
+        const auto slot = [&](int64_t index) {
+          const int64_t column = index * b.col_stride + residue + col0;
+          if (column < 0 || column >= width) return vfloat{};
+          return load_activation<bf16>(in + column * b.channels, channel, valid, prologue);
+        };
+        vuint32 before = {};
+        for (int64_t j = 0; j < pairs; ++j) {
+          const __m512bh both = _mm512_cvtne2ps_pbh((__m512)slot(2 * j + 1), (__m512)slot(2 * j));
+          const vuint32 pair = (vuint32)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+          memcpy(even + line + j * L, &pair, sizeof pair);
+          const vuint32 shifted = before >> 16 | pair << 16;
+          if (odd && j > 0) memcpy(odd + line + (j - 1) * L, &shifted, sizeof shifted);
+          before = pair;
+        }
+        const vuint32 last = before >> 16;
+        if (odd) memcpy(odd + line + (pairs - 1) * L, &last, sizeof last);
+      }
   }
 }
 
@@ -164,7 +192,12 @@ void pair_pixels(uint32_t* out, const bf16* dy, int64_t rows, int64_t cols, int6
     for (int64_t j = 0; j < pairs; ++j, out += k) {
       const bf16* lo = dy + 2 * j * k;
       const bf16* hi = 2 * j + 1 < cols ? lo + k : nullptr;
-      for (int64_t i = 0; i < k; ++i) out[i] = uint32_t(lo[i].bits) | (hi ? uint32_t(hi[i].bits) << 16 : 0u);
+      int64_t i = 0;
+      for (; hi && i + kLanes<float> <= k; i += kLanes<float>) {
+        const vuint32 both = (vuint32)load(lo + i) >> 16 | (vuint32)load(hi + i);
+        memcpy(out + i, &both, sizeof both);
+      }
+      for (; i < k; ++i) out[i] = uint32_t(lo[i].bits) | (hi ? uint32_t(hi[i].bits) << 16 : 0u);
     }
 }
 #endif
@@ -186,36 +219,36 @@ template <typename M, typename T> struct Wgrad {
   // One band of rows or run of pixels, added to `partial` [slot group][k][vectors] and, if wanted, to dbias.
   void add_unit(int64_t unit, A* partial, A* dbias) const {
     int64_t next_x = 0, next_dy = 0, past_x = 0, past_dy = 0;  // pixels that the next unit reads
-    const BandLayout largest = make_band<FillMode>(g.c, plan.rows, plan.cols, g.stride_w);
-    A* const bands = static_cast<A*>(thread_scratch(
-        kScratchActivation, size_t(max64(1, plan.images) * band_units<FillMode>(largest)) * sizeof(A)));
-    int64_t images = 1, out_rows = 1, out_cols;
-    BandLayout layout;
-    const T* dy;
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
     const T* const x = static_cast<const T*>(params.x);
+    int64_t images = 1, out_rows = 1, out_cols, height = 1, width, row0 = 0, col0 = 0;
+    BandLayout layout;
+    const T* image;
+    const T* dy;
     if (plan.pointwise) {
       const int64_t first = unit * plan.chunk;
-      out_cols = min64(plan.chunk, plan.pixels - first);
+      out_cols = width = min64(plan.chunk, plan.pixels - first);
       layout = make_band<FillMode>(g.c, 1, out_cols, 1);
-      fill_band<FillMode, T>(bands, layout, x + first * g.c, 1, out_cols, 0, 0, prologue);
+      image = x + first * g.c;
       dy = static_cast<const T*>(params.dy) + first * g.k;
       next_x = next_dy = first + out_cols;
       past_x = past_dy = min64(plan.pixels, next_x + plan.chunk);
     } else {
-      const int64_t image = unit / plan.bands * plan.images, p0 = unit % plan.bands * plan.band_rows;
-      images = min64(plan.images, g.n - image);
+      const int64_t index = unit / plan.bands * plan.images, p0 = unit % plan.bands * plan.band_rows;
+      images = min64(plan.images, g.n - index);
       out_rows = min64(plan.band_rows, g.p - p0);
       out_cols = g.q;
+      height = g.h;
+      width = g.w;
+      row0 = p0 * g.stride_h - g.pad_h;
+      col0 = -g.pad_w;
       layout = make_band<FillMode>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, plan.cols, g.stride_w);
-      for (int64_t i = 0; i < images; ++i)
-        fill_band<FillMode, T>(bands + i * band_units<FillMode>(layout), layout, x + (image + i) * g.h * g.w * g.c, g.h,
-                               g.w, p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
-      dy = static_cast<const T*>(params.dy) + (image * g.p + p0) * g.q * g.k;
+      image = x + index * g.h * g.w * g.c;
+      dy = static_cast<const T*>(params.dy) + (index * g.p + p0) * g.q * g.k;
       // Rows that follow: they are of the next band, or of the next images.
-      next_x = min64(g.n * g.h, (image + images - 1) * g.h + max64(0, (p0 + out_rows) * g.stride_h)) * g.w;
+      next_x = min64(g.n * g.h, (index + images - 1) * g.h + max64(0, (p0 + out_rows) * g.stride_h)) * g.w;
       past_x = min64(g.n * g.h * g.w, next_x + images * layout.rows * g.w);
-      next_dy = ((image + images - 1) * g.p + p0 + out_rows) * g.q;
+      next_dy = ((index + images - 1) * g.p + p0 + out_rows) * g.q;
       past_dy = min64(g.n * g.p * g.q, next_dy + images * out_rows * g.q);
     }
     // With several images per unit a band is a whole image, so their dy rows are contiguous.
@@ -237,10 +270,11 @@ template <typename M, typename T> struct Wgrad {
       const bool odd = has_odd_offset();
       uint32_t* const paired = static_cast<uint32_t*>(
           thread_scratch(kScratchTile, size_t(copy_stride * (odd ? 2 : 1) + dy_units) * sizeof(uint32_t)));
-      for (int64_t i = 0; i < images; ++i)
-        for (int64_t copy = 0; copy <= odd; ++copy)
-          pair_slots(paired + copy * copy_stride + i * tile.a_image, bands + i * band_units<FillMode>(layout), layout, copy,
-                     pairs);
+      for (int64_t i = 0; i < images; ++i) {
+        uint32_t* const even = paired + i * tile.a_image;
+        fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, image + i * g.h * g.w * g.c, height, width,
+                   row0, col0, prologue);
+      }
       uint32_t* const dy_pairs = paired + copy_stride * (odd ? 2 : 1);
       pair_pixels(dy_pairs, dy, dy_rows, out_cols, g.k);
       a_base = paired;
@@ -252,6 +286,10 @@ template <typename M, typename T> struct Wgrad {
       plane = layout.plane * L;
       block_stride = layout.rows * line;
       tile.a_image = band_units<FillMode>(layout);
+      A* const bands = static_cast<A*>(thread_scratch(kScratchActivation, size_t(images * tile.a_image) * sizeof(A)));
+      for (int64_t i = 0; i < images; ++i)
+        fill_band<FillMode, T>(bands + i * tile.a_image, layout, image + i * g.h * g.w * g.c, height, width, row0, col0,
+                               prologue);
       a_base = bands;
       tile.cols = out_cols;
       if constexpr (sizeof(T) == sizeof(A)) {

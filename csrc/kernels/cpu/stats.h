@@ -96,8 +96,9 @@ void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* c
     // The deviations were taken from the rounded mean: take n times the square of its error away.
     const V offset = sum[v] * inverse;
     const V error = offset - (mean[v] - center[v]);
-    m2[v] -= error * error * splat<A>(n);
-    m2[v] = select<V>(m2[v] < V{}, V{}, m2[v]);
+    const V corrected = m2[v] - error * error * splat<A>(n);
+    // Not below 0; and where both overflowed, infinite as the variance is.
+    m2[v] = select<V>(corrected >= V{}, corrected, select<V>(corrected < V{}, V{}, m2[v]));
     if (count > 0) {
       // Chan, Golub and LeVeque 1979, with the sums kept instead of the means: an infinite sum then stays one.
       const A before = static_cast<A>(count);
