@@ -32,11 +32,13 @@ build: $(VENV)/.installed
 	@echo "== Building what has changed"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
-# A copy of pyproject.toml as it was installed, and the torch that was asked for.
-$(VENV)/.installed: pyproject.toml resnet_fused/version.py $(if $(filter-out $(file <$(VENV)/.torch),$(TORCH)),again)
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python >= 3.11 is needed, but got " \
-	    + "%d.%d from $(PYTHON); set PYTHON=/path/to/python" % v[:2])'
-	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+# What was asked for when $(VENV) was made: another TORCH is installed into it when asked for.
+changed := $(if $(filter-out $(file <$(VENV)/.torch),$(TORCH)),again)
+
+$(VENV)/.installed: pyproject.toml resnet_fused/version.py $(changed)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python >= 3.11 is needed, " \
+	    + "but got %d.%d from $(PYTHON); set PYTHON=/path/to/python" % v[:2])'
+	@test -x $(BIN)/pip || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== Installing $(TORCH) and the build's tools into $(VENV) (the first time takes minutes)"
 	@$(PIP) install '$(TORCH)' 'setuptools>=77' ninja 'pybind11>=2.13'
 	@printf '%s' '$(TORCH)' > $(VENV)/.torch

@@ -1,13 +1,13 @@
-"""Builds the operator libraries and the module _C with ninja; everything else about the package is in pyproject.toml.
+"""Builds the operator libraries and the module _C with ninja; the rest of the package is in pyproject.toml.
 
-resnet_fused/lib/libresnet_fused_cpu.so   csrc/ops/*.cpp, csrc/kernels/*.cpp; csrc/kernels/cpu/*.cpp once per SIMD level
+resnet_fused/lib/libresnet_fused_cpu.so   csrc/{ops,kernels}/*.cpp; csrc/kernels/cpu/*.cpp once per SIMD level
 resnet_fused/lib/libresnet_fused_cuda.so  csrc/ops/cuda/*.cpp, csrc/kernels/cuda/*.cu, where CUDA is built
 resnet_fused/_C.*.so                      csrc/module.cpp: pybind11, knows nothing of torch
 
-The libraries use torch's stable ABI and hold no Python, so that one build serves torch 2.10 and everything newer.
+The libraries use torch's stable ABI and hold no Python: one build serves torch 2.10 and everything newer.
 
-Environment: CXX; MAX_JOBS; VERBOSE=1; FORCE_CUDA=1|0 (default: CUDA is built when torch.version.cuda and an nvcc of the same major
-version are there); CUDA_HOME; TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a;10.0+PTX".
+Environment: CXX; MAX_JOBS; VERBOSE=1; CUDA_HOME; TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a;10.0+PTX";
+FORCE_CUDA=1|0 (otherwise CUDA is built where torch.version.cuda and an nvcc of the same major version are).
 """
 
 import fcntl
@@ -32,12 +32,12 @@ VERSION = runpy.run_path(str(ROOT / "resnet_fused" / "version.py"))["__version__
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that a build runs under
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # of these, what nvcc knows
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG",
-             "-Wall"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+             "-pthread", "-DNDEBUG", "-Wall"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-# Every multiply-add of the kernels is one rounding where the CPU has FMA, with every compiler: GCC's default, said.
-# psabi: vectors wider than a level's registers are passed between its own functions only.
+# Every multiply-add of the kernels is one rounding where the CPU has FMA, with every compiler: GCC's default,
+# said. psabi: vectors wider than a level's registers are passed between its own functions only.
 VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 VARIANTS = [("generic", [])]  # position = level, as in cpu_kernels.h
 if platform.machine() in ("x86_64", "AMD64"):
@@ -48,11 +48,16 @@ def fail(message):
     raise SystemExit(f"error: resnet_fused: {message}")
 
 
-def first_line(command):
-    """The first line that a command prints, None if it cannot be run."""
+def ask(*command):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def first_line(*command):
+    """The first line that a command prints, None if it fails or prints none."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        answer = ask(*command)
+        return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 else None
+    except (OSError, IndexError):
         return None
 
 
@@ -61,7 +66,7 @@ def find_compiler():
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
         command = shlex.split(candidate)
-        if version := first_line([*command, "--version"]):
+        if version := first_line(*command, "--version"):
             return command, version
     looked_for = f"CXX={candidates[0]}" if len(candidates) == 1 else ", ".join(candidates) + " on PATH"
     fail(f"no working C++ compiler (looked for {looked_for}); install GCC >= 11 or Clang >= 14 "
@@ -100,16 +105,15 @@ def find_cuda(torch_version, torch_cuda):
     compilers.insert(1 if homes[0] else 0, "nvcc")
     nvcc = next(filter(None, map(shutil.which, compilers)), None)
     # A wrapper on PATH may be a script: nvcc itself names the toolkit's directory.
-    dry_run = nvcc and subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = nvcc and re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
-    release = top and re.search(r"release (\d+\.\d+)",
-                                subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    dry_run = nvcc and ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull).stderr
+    top = nvcc and re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+    release = top and re.search(r"release (\d+\.\d+)", ask(nvcc, "--version").stdout)
     if torch_cuda is None:
         reason = f"torch {torch_version} is built without CUDA"
     elif not release:
-        reason = f"torch is built for CUDA {torch_cuda} but no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda)"
+        reason = f"torch is built for CUDA {torch_cuda} but no nvcc was found (set CUDA_HOME)"
     elif release[1].split(".")[0] != torch_cuda.split(".")[0] and force != "1":
-        reason = f"nvcc is of CUDA {release[1]} but torch is built for CUDA {torch_cuda} (FORCE_CUDA=1 tries anyway)"
+        reason = f"nvcc is of CUDA {release[1]} but torch is built for {torch_cuda} (FORCE_CUDA=1 tries anyway)"
     else:
         return Path(top[1].strip()).resolve(), release[1], ""
     if force == "1":
@@ -119,7 +123,7 @@ def find_cuda(torch_version, torch_cuda):
 
 def cuda_architectures(nvcc):
     """The architecture list to compile for, and its flags for nvcc."""
-    known = set(re.findall(r"\d+[af]?", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout))
+    known = set(re.findall(r"\d+", ask(nvcc, "--list-gpu-arch").stdout))
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     names, flags = [], []
     for name in re.split(r"[;,\s]+", (asked or CUDA_ARCHITECTURES).strip("; ,")):
@@ -129,7 +133,7 @@ def cuda_architectures(nvcc):
         number = match[1] + match[2]
         if number.rstrip("af") not in known:
             if asked:
-                fail(f"TORCH_CUDA_ARCH_LIST has {name}, which this nvcc does not know (it knows {sorted(known)})")
+                fail(f"TORCH_CUDA_ARCH_LIST has {name}, which this nvcc does not know (only {sorted(known)})")
             continue
         names.append(name)
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
@@ -166,19 +170,19 @@ class Ninja:
 
     def objects(self, rule, sources, flags, variant=""):
         """One object per source, under a directory for the variant."""
-        return [self.build(self.directory / "obj" / variant / (os.path.relpath(source, ROOT / "csrc") + ".o"), rule,
-                           [source], flags) for source in sources]
+        top = self.directory / "obj" / variant
+        return [self.build(top / f"{source.relative_to(ROOT / 'csrc')}.o", rule, [source], flags)
+                for source in sources]
 
     def run(self, ninja, outputs):
         write_if_changed(self.directory / "build.ninja", "\n".join(self.lines) + "\n")
         command = [ninja, "-f", os.path.relpath(self.directory / "build.ninja", ROOT)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        command += ["-v"] * bool(os.environ.get("VERBOSE")) + [os.path.relpath(output, ROOT) for output in outputs]
-        with open(self.directory / ".lock", "w") as lock:  # ninja itself does not expect company in a directory
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if subprocess.run(command, cwd=ROOT).returncode:
-                fail("the C++ build failed; the compiler's messages are above")
+        command += ["-v"] * bool(os.environ.get("VERBOSE"))
+        command += [os.path.relpath(output, ROOT) for output in outputs]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            fail("the C++ build failed; the compiler's messages are above")
 
 
 def write_if_changed(path, text):
@@ -207,8 +211,11 @@ class BuildLibraries(build_ext):
 
         # One directory for every torch and Python: ninja sees which commands changed, and kernels know neither.
         directory = ROOT / "build" / sysconfig.get_platform()
-        facts = {"VERSION": VERSION, "TORCH": torch_version, "COMPILER": compiler_version, "CUDA": cuda_version or "",
-                 "CUDA_ARCHITECTURES": architectures, "NO_CUDA": no_cuda,
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # until the results are delivered: ninja expects no company
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        facts = {"VERSION": VERSION, "TORCH": torch_version, "COMPILER": compiler_version,
+                 "CUDA": cuda_version or "", "CUDA_ARCHITECTURES": architectures, "NO_CUDA": no_cuda,
                  "VARIANTS": ",".join(name for name, _ in VARIANTS)}
         header = "".join('#define RF_BUILD_{} "{}"\n'.format(name, re.sub(r'(["\\])', r"\\\1", value))
                          for name, value in facts.items())
@@ -219,7 +226,7 @@ class BuildLibraries(build_ext):
         build.rule("cxx", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
         build.rule("link", f"{cxx} -shared $in -o $out $flags", dependencies=False)
         stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch / "include"]
-        link = [f"-L{torch / 'lib'}", "-Wl,--as-needed,-z,defs,--version-script=csrc/exports.map"]
+        link = ["-pthread", f"-L{torch / 'lib'}", "-Wl,--as-needed,-z,defs,--version-script=csrc/exports.map"]
 
         csrc = ROOT / "csrc"
         flags = [*CXX_FLAGS, "-Icsrc"]
@@ -232,8 +239,9 @@ class BuildLibraries(build_ext):
         products = {cpu: "lib/libresnet_fused_cpu.so"}
 
         if cuda:
-            build.rule("nvcc", f"{build.flags([cuda / 'bin' / 'nvcc', '-ccbin', compiler[-1]])} $flags -MD -MF $out.d "
-                               "-c $in -o $out")
+            host_compiler = [word for word in compiler if not word.startswith("-")][-1]  # without ccache
+            nvcc = build.flags([cuda / "bin" / "nvcc", "-ccbin", host_compiler])
+            build.rule("nvcc", f"{nvcc} $flags -MD -MF $out.d -c $in -o $out")
             host = ["-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", "-Wall"))]
             objects = build.objects("nvcc", sorted(csrc.glob("kernels/cuda/*.cu")),
                                     ["-O3", "-std=c++20", "-DNDEBUG", "-Icsrc", *host, *architecture_flags])
@@ -245,10 +253,10 @@ class BuildLibraries(build_ext):
 
         python = sysconfig.get_paths()["include"]
         if not Path(python, "Python.h").exists():
-            fail(f"Python.h was not found in {python}; install Python's headers (Debian and Ubuntu: apt-get install "
-                 "python3-dev)")
-        module = build.objects("cxx", [csrc / "module.cpp"],
-                               [*flags, f"-I{directory / 'include'}", "-isystem", python, "-isystem", pybind11.get_include()])
+            fail(f"Python.h was not found in {python}; install Python's headers (Debian and Ubuntu: "
+                 "apt-get install python3-dev)")
+        includes = [f"-I{directory / 'include'}", "-isystem", python, "-isystem", pybind11.get_include()]
+        module = build.objects("cxx", [csrc / "module.cpp"], [*flags, *includes])
         module = build.build(directory / "_C.so", "link", module, [])
         products[module] = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 

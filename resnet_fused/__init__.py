@@ -1,4 +1,4 @@
-"""Fused BatchNorm -> ReLU -> convolution and residual addition for pre-activation residual networks in PyTorch."""
+"""Fused BatchNorm -> ReLU -> convolution and residual addition for pre-activation ResNets in PyTorch."""
 
 from . import functional, models, nn
 from .nn import reference

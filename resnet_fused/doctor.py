@@ -1,4 +1,4 @@
-"""What is installed, what was built, what this machine can run, and how to mend what is missing: ``resnet-fused doctor``."""
+"""``resnet-fused doctor``: what is installed, what was built, what this machine runs, and how to mend it."""
 
 import argparse
 import importlib.metadata
@@ -35,7 +35,8 @@ def _rebuild(environment: str = "") -> str:
     if (_SOURCE / "setup.py").exists():
         return environment + _pip(f"--no-build-isolation -e {shlex.quote(str(_SOURCE))}")
     try:
-        origin = json.loads(importlib.metadata.distribution("resnet_fused").read_text("direct_url.json"))["url"]
+        installed = importlib.metadata.distribution("resnet_fused")
+        origin = json.loads(installed.read_text("direct_url.json"))["url"]
     except (importlib.metadata.PackageNotFoundError, TypeError, KeyError):
         origin = "resnet_fused"
     return environment + _pip(f"--no-cache-dir --force-reinstall --no-deps {shlex.quote(origin)}")
@@ -93,14 +94,14 @@ def _problems(report: dict) -> list[dict]:
     if "error" in report["cpu"]:
         add(f"the CPU operators do not run: {report['cpu']['error']}", "unset RESNET_FUSED_CPU_LEVEL")
     if build and build["version"] != __version__:
-        add(f"the compiled parts are of version {build['version']}, the Python files of {__version__}", _rebuild())
+        add(f"the compiled parts are of version {build['version']}, Python's of {__version__}", _rebuild())
     if "cuda" in failures and torch.version.cuda is not None:
         add(f"the CUDA operator library did not load: {failures['cuda']}", _rebuild("FORCE_CUDA=1 "))
     if not report["gpus"] and shutil.which("nvidia-smi"):
         if torch.version.cuda is None:
-            add("this machine has an NVIDIA driver, but torch is built without CUDA", _pip("--force-reinstall torch"))
+            add("there is an NVIDIA driver, but torch is built without CUDA", _pip("--force-reinstall torch"))
         else:
-            add("this machine has an NVIDIA driver, but torch sees no GPU", "nvidia-smi")
+            add("there is an NVIDIA driver, but torch sees no GPU", "nvidia-smi")
     if report["gpus"]:
         if not extension.cuda_loaded() and "cuda" not in failures:
             add(f"there is a GPU, but no CUDA operators were built: {build.get('cuda_reason', 'unknown')}",
@@ -118,16 +119,22 @@ def _problems(report: dict) -> list[dict]:
 
 
 # The extra "train": distribution -> module.
-_TRAINING = {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "tqdm": "tqdm", "pyarrow": "pyarrow", "pillow": "PIL"}
+_TRAINING = {
+    "scikit-learn": "sklearn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "pyarrow": "pyarrow",
+    "pillow": "PIL",
+}
 
 
 def report() -> dict:
     """Everything the doctor knows, ready for JSON.
 
-    Keys: ``versions``, ``build`` (what was built, see :func:`extension.build_info`), ``cpu`` (``available``, ``levels`` this
-    CPU runs, the ``level`` in force, ``threads``), ``gpus``, ``failures`` (what did not load and why), ``environment``
-    (RESNET_FUSED_* variables), ``problems`` (each a ``problem`` and the command to ``mend`` it) and ``ok``: whether the CPU
-    backend works.
+    Keys: ``versions``, ``build`` (what was built, see :func:`extension.build_info`), ``cpu`` (``available``,
+    ``levels`` this CPU runs, the ``level`` in force, ``threads``), ``gpus``, ``failures`` (what did not load and
+    why), ``environment`` (RESNET_FUSED_* variables), ``problems`` (each a ``problem`` and the command to ``mend``
+    it) and ``ok``: whether the CPU backend works.
     """
     result = {
         "versions": {
@@ -142,7 +149,9 @@ def report() -> dict:
         "cpu": _cpu(),
         "gpus": _gpus(),
         "failures": dict(extension.failures),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("RESNET_FUSED_")},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("RESNET_FUSED_")
+        },
     }
     result["problems"] = _problems(result)
     result["ok"] = result["cpu"]["available"]
@@ -169,7 +178,7 @@ def _lines(found: dict):
     yield line("this CPU", runs + (f"; in force: {cpu['level']}" if cpu["level"] else ""))
     for gpu in found["gpus"]:
         kernels = f"runs code for {gpu['kernels']}" if gpu["kernels"] else "no CUDA operators"
-        yield line("GPU", f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB; {kernels}")
+        yield line("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB; {kernels}")
     if not found["gpus"]:
         yield line("GPU", "none")
     for name, value in found["environment"].items():
@@ -177,13 +186,15 @@ def _lines(found: dict):
     for problem in found["problems"]:
         yield f"problem: {problem['problem']}"
         yield f"   mend: {problem['mend']}"
-    yield "The CPU backend works." if found["ok"] else "The CPU backend does not work; the reference backend does."
+    does_not = "The CPU backend does not work; the reference backend does."
+    yield "The CPU backend works." if found["ok"] else does_not
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; 0 if the CPU backend works, 1 otherwise."""
     parser = argparse.ArgumentParser(
-        prog="resnet-fused doctor", description="Tell what is installed, what was built and how to mend what is missing."
+        prog="resnet-fused doctor",
+        description="Tell what is installed, what was built and how to mend what is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)

@@ -1,7 +1,8 @@
 """Loads the operator libraries and the module ``_C``; the one place that knows what was built.
 
-Loading happens once, when this module is imported. A library that does not load never breaks the import: the reference
-backend needs none of them. The reason is kept in :data:`failures`, warned about once, and told by ``resnet-fused doctor``.
+Loading happens once, when this module is imported. A library that does not load never breaks the import: the
+reference backend needs none of them. The reason is kept in :data:`failures`, warned about once, and told by
+``resnet-fused doctor``.
 """
 
 import importlib
@@ -54,8 +55,8 @@ def _load() -> None:
     told = [f"{name}: {reason}" for name, reason in failures.items() if name != "cuda" or torch.version.cuda]
     if told:
         warnings.warn(
-            f"resnet_fused did not load all of its compiled parts ({'; '.join(told)}). What they offer is served by the "
-            "reference backend, slower. `resnet-fused doctor` tells how to mend it.",
+            f"resnet_fused did not load all of its compiled parts ({'; '.join(told)}). What they offer is served "
+            "by the reference backend, slower. `resnet-fused doctor` tells how to mend it.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -72,19 +73,19 @@ def cuda_available() -> bool:
 
 
 def cuda_loaded() -> bool:
-    """Whether the operators of ``torch.ops.resnet_fused_cuda`` are there, with or without a device to run them."""
+    """Whether the operators of ``torch.ops.resnet_fused_cuda`` are there, with or without a device."""
     return "cuda" in _loaded
 
 
 def build_info() -> dict:
-    """What was built: ``version``, ``torch`` and ``compiler`` of the build, ``cpu_variants`` (the SIMD levels compiled,
-    lowest first), ``cuda`` (the toolkit's version or None), ``cuda_architectures`` and ``cuda_reason`` (why CUDA was not
-    built). Empty when the module ``_C`` did not load."""
+    """What was built: ``version``, ``torch`` and ``compiler`` of the build, ``cpu_variants`` (the SIMD levels
+    compiled, lowest first), ``cuda`` (the toolkit's version or None), ``cuda_architectures`` and ``cuda_reason``
+    (why CUDA was not built). Empty when the module ``_C`` did not load."""
     return _module.build_info() if _module is not None else {}
 
 
 def cpu_levels() -> tuple[str, ...]:
-    """The compiled SIMD levels that this CPU can run, lowest first. Empty when the module ``_C`` did not load."""
+    """The compiled SIMD levels that this CPU can run, lowest first. Empty when ``_C`` did not load."""
     return _module.cpu_levels() if _module is not None else ()
 
 

@@ -1,4 +1,5 @@
-"""Pre-activation ResNets for 32x32 images (He et al. 2016, "Identity Mappings in Deep Residual Networks", section 4)."""
+"""Pre-activation ResNets for 32x32 images (He et al. 2016, "Identity Mappings in Deep Residual Networks",
+section 4)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..nn import reference, units
 
@@ -17,32 +19,37 @@ _WIDTHS = (16, 32, 64)  # of the 3x3 convolutions of the three stages
 
 
 def blocks_per_stage(depth: int, block: str) -> int:
-    """Units in each of the three stages of a net of ``depth`` layers: depth = 6n + 2 (basic) or 9n + 2 (bottleneck)."""
+    """Units n in each of the three stages: depth = 6n + 2 (basic) or 9n + 2 (bottleneck)."""
     if block not in ("basic", "bottleneck"):
         raise ValueError(f"block should be 'basic' or 'bottleneck', but got {block!r}")
     convolutions = {"basic": 2, "bottleneck": 3}[block]
     blocks, rest = divmod(depth - 2, 3 * convolutions)
     if rest or blocks < 1:
-        raise ValueError(f"depth of a net of {block} units should be {3 * convolutions}n + 2 with n >= 1, but got {depth}")
+        raise ValueError(
+            f"depth of a net of {block} units should be {3 * convolutions}n + 2 with n >= 1, but got {depth}"
+        )
     return blocks
 
 
 class PreActResNetCifar(nn.Module):
-    """A pre-activation ResNet for small images: 3x3 convolution, three stages, BN -> ReLU, average pool, linear.
+    """A pre-activation ResNet for small images.
 
-    Children: ``conv1``, ``layer1``, ``layer2``, ``layer3`` (stages of units), ``bn``, ``fc``. The keys of the
+    A 3x3 convolution, three stages of units, BN -> ReLU, global average pool, linear layer. Children:
+    ``conv1``, ``layer1``, ``layer2``, ``layer3`` (stages of units), ``bn``, ``fc``. The keys of the
     ``state_dict`` and the initial parameters after one seed are the same for both values of ``fused``.
 
-    Initialisation as in the authors' code: convolutions N(0, sqrt(2 / (k k n_out))), norms 1 and 0, the linear layer
-    with PyTorch's weights and a bias of 0.
+    Initialisation as in the authors' code: convolutions N(0, sqrt(2 / (k k n_out))), norms 1 and 0, the
+    linear layer with PyTorch's weights and a bias of 0.
 
     Args:
         depth: number of layers with weights: 6n + 2 for basic units, 9n + 2 for bottlenecks.
-        block: "basic" (two 3x3 convolutions; widths 16, 32, 64) or "bottleneck" (1x1, 3x3, 1x1; 64, 128, 256).
+        block: "basic" (two 3x3 convolutions; widths 16, 32, 64) or "bottleneck" (1x1, 3x3, 1x1; 64, 128,
+            256).
         num_classes: outputs.
         in_channels: channels of the images.
         fused: units of :mod:`resnet_fused.nn` instead of those of :mod:`resnet_fused.reference`.
-        unit_options: keyword arguments of every unit: eps, momentum, affine, track_running_stats, negative_slope, bias.
+        unit_options: keyword arguments of every unit: eps, momentum, affine, track_running_stats,
+            negative_slope, bias.
         device, dtype: of the parameters.
 
     Shape:
@@ -50,9 +57,18 @@ class PreActResNetCifar(nn.Module):
         - Output: (N, num_classes)
     """
 
-    def __init__(self, depth: int, block: str = "basic", *, num_classes: int = 10, in_channels: int = 3,
-                 fused: bool = True, unit_options: dict[str, Any] | None = None, device: Any = None,
-                 dtype: Any = None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        block: str = "basic",
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        fused: bool = True,
+        unit_options: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__()
         blocks = blocks_per_stage(depth, block)
         self.fused = fused
@@ -69,8 +85,11 @@ class PreActResNetCifar(nn.Module):
                 members.append(unit(channels, width, stride=2 if stage > 1 and index == 0 else 1, **options))
                 channels = width * unit.expansion
             self.add_module(f"layer{stage}", source.PreActStage(*members))
-        norm = {key: value for key, value in options.items() if key in ("eps", "momentum", "affine",
-                                                                        "track_running_stats", "device", "dtype")}
+        norm = {
+            key: value
+            for key, value in options.items()
+            if key in ("eps", "momentum", "affine", "track_running_stats", "device", "dtype")
+        }
         self.bn = nn.BatchNorm2d(channels, **norm)
         self.negative_slope = options.get("negative_slope", 0.0)
         self.fc = nn.Linear(channels, num_classes, **factory)
@@ -91,7 +110,7 @@ class PreActResNetCifar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self._fused_stages(x) if self.fused else self.layer3(self.layer2(self.layer1(self.conv1(x))))
         x = reference.activation(self.bn(x), self.negative_slope)
-        x = x.mean((2, 3))
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; that of mean() does not
         return self.fc(x)
 
     def _fused_stages(self, x: Tensor) -> Tensor:

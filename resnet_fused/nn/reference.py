@@ -1,9 +1,10 @@
-"""Plain ``nn.Module`` twins of the fused units, written as a textbook would. Public as ``resnet_fused.reference``.
+"""Plain ``nn.Module`` twins of the fused units, public as ``resnet_fused.reference``.
+
 
 The units are those of He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks" (ECCV 2016,
-arXiv:1603.05027): ``x_{l+1} = x_l + F(x_l)`` where ``F`` is two or three times BatchNorm -> ReLU -> convolution
-(figure 4e, "full pre-activation"). Where the number of channels or the resolution changes, the shortcut is a 1x1
-convolution that reads the first pre-activation of the unit, as in the authors' code.
+arXiv:1603.05027): ``x_{l+1} = x_l + F(x_l)`` where ``F`` is two or three times BatchNorm -> ReLU ->
+convolution (figure 4e, "full pre-activation"). Where the number of channels or the resolution changes, the
+shortcut is a 1x1 convolution that reads the first pre-activation of the unit, as in the authors' code.
 
 They define what the fused units of :mod:`resnet_fused.nn` compute, and the names of their parameters.
 """
@@ -23,9 +24,13 @@ def activation(x: Tensor, negative_slope: float = 0.0) -> Tensor:
     return F.relu(x) if negative_slope == 0.0 else F.leaky_relu(x, negative_slope)
 
 
-def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, bias: bool, **factory: Any):
+def convolution(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, bias: bool, **factory: Any
+) -> nn.Conv2d:
     """A convolution that keeps the resolution at stride 1 (padding is half of an odd ``kernel_size``)."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias, **factory)
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias, **factory
+    )
 
 
 class PreActModule(nn.Module):
@@ -45,7 +50,8 @@ class PreActConv2d(PreActModule):
     Children: ``bn`` (:class:`torch.nn.BatchNorm2d`) and ``conv`` (:class:`torch.nn.Conv2d`).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in :class:`torch.nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in
+            :class:`torch.nn.Conv2d`.
         bias: whether the convolution has a bias (default: no, as in the nets of the paper).
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
         negative_slope: slope of the activation below zero; 0 is ReLU.
@@ -55,15 +61,31 @@ class PreActConv2d(PreActModule):
         - Output: (N, out_channels, H_out, W_out), as :class:`torch.nn.Conv2d`
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-                 dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = False, *, eps: float = 1e-5,
-                 momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-                 negative_slope: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        negative_slope: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(negative_slope)
         factory = {"device": device, "dtype": dtype}
         self.bn = nn.BatchNorm2d(in_channels, eps, momentum, affine, track_running_stats, **factory)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **factory)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **factory
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(activation(self.bn(x), self.negative_slope))
@@ -72,14 +94,17 @@ class PreActConv2d(PreActModule):
 class PreActBasicBlock(PreActModule):
     """Residual unit of two 3x3 pre-activation convolutions (paper: figure 4e; the unit of ResNet-110).
 
-    Children: ``bn1``, ``conv1`` (3x3, with the stride), ``bn2``, ``conv2`` (3x3), and ``shortcut``: a 1x1 convolution of
-    the first pre-activation, with the stride, where the number of channels or the resolution changes, else None.
+    Children: ``bn1``, ``conv1`` (3x3, with the stride), ``bn2``, ``conv2`` (3x3), and ``shortcut``: a 1x1
+        convolution of
+    the first pre-activation, with the stride, where the number of channels or the resolution changes, else
+    None.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of ``conv1`` and of ``shortcut``.
-        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the norms.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the
+            norms.
         negative_slope: slope of the activations below zero; 0 is ReLU.
         bias: whether the convolutions have a bias.
 
@@ -90,9 +115,21 @@ class PreActBasicBlock(PreActModule):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, eps: float = 1e-5,
-                 momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-                 negative_slope: float = 0.0, bias: bool = False, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        negative_slope: float = 0.0,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(negative_slope)
         factory = {"device": device, "dtype": dtype}
         norm = (eps, momentum, affine, track_running_stats)
@@ -113,18 +150,20 @@ class PreActBasicBlock(PreActModule):
 
 
 class PreActBottleneck(PreActModule):
-    """Residual unit of a 1x1, a 3x3 and a 1x1 pre-activation convolution (the unit of ResNet-164 and ResNet-1001).
+    """Residual unit of a 1x1, a 3x3 and a 1x1 pre-activation convolution (the unit of ResNet-164).
 
-    Children: ``bn1``, ``conv1`` (1x1, with the stride, as in the authors' code), ``bn2``, ``conv2`` (3x3), ``bn3``,
-    ``conv3`` (1x1), and ``shortcut``: a 1x1 convolution of the first pre-activation, with the stride, where the number
-    of channels or the resolution changes, else None.
+    Children: ``bn1``, ``conv1`` (1x1, with the stride, as in the authors' code), ``bn2``, ``conv2`` (3x3),
+        ``bn3``,
+    ``conv3`` (1x1), and ``shortcut``: a 1x1 convolution of the first pre-activation, with the stride, where
+    the number of channels or the resolution changes, else None.
 
     Args:
         in_channels: channels of the input.
         channels: channels of the 3x3 convolution; the output has ``channels * expansion``.
         stride: stride of ``conv1`` and of ``shortcut``.
         expansion: output channels per channel of the 3x3 convolution.
-        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the norms.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the
+            norms.
         negative_slope: slope of the activations below zero; 0 is ReLU.
         bias: whether the convolutions have a bias.
 
@@ -135,9 +174,22 @@ class PreActBottleneck(PreActModule):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, expansion: int = 4, *, eps: float = 1e-5,
-                 momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-                 negative_slope: float = 0.0, bias: bool = False, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        expansion: int = 4,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        negative_slope: float = 0.0,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(negative_slope)
         factory = {"device": device, "dtype": dtype}
         norm = (eps, momentum, affine, track_running_stats)
@@ -174,13 +226,13 @@ class ResidualAdd(nn.Module):
 
     Args:
         alpha: constant factor of the residual branch (1 in the paper; Inception-ResNet uses 0.1 to 0.3).
-        negative_slope: None for no activation after the addition (pre-activation nets), 0 for ReLU (the original
-            ResNet), other values for LeakyReLU.
+        negative_slope: None for no activation after the addition (pre-activation nets), 0 for ReLU (the
+            original ResNet), other values for LeakyReLU.
 
     Shape:
         - x, y: (N, C, H, W), any memory format
-        - gate (optional): (N, C) or (N, 1), the factor of each channel or image, e.g. squeeze-and-excitation or
-          stochastic depth
+        - gate (optional): (N, C) or (N, 1), the factor of each channel or image, e.g. squeeze-and-excitation
+          or stochastic depth
         - Output: (N, C, H, W)
     """
 

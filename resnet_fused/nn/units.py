@@ -1,20 +1,20 @@
 """The fused pre-activation modules: drop-in twins of those in :mod:`resnet_fused.nn.reference`.
 
-Each is a subclass of its plain twin that replaces ``forward`` alone, so that the constructor, the children and the keys
-of the ``state_dict`` are the same by construction. The children hold the parameters and the settings, all of which are
-read when the unit is called.
+Each is a subclass of its plain twin that replaces ``forward`` alone, so that the constructor, the children
+and the keys of the ``state_dict`` are the same by construction. The children hold the parameters and the
+settings, all of which are read when the unit is called.
 
-``unit(x)`` returns a tensor, like the plain twin. ``unit(x, x_stats, return_stats=True)`` returns ``(y, y_stats)``:
-``x_stats`` are the statistics of ``x`` that the unit before has returned, which spares a pass over ``x``; either can be
-None. :class:`PreActStage` hands them on.
+``unit(x)`` returns a tensor, like the plain twin. ``unit(x, x_stats, return_stats=True)`` returns ``(y,
+y_stats)``: ``x_stats`` are the statistics of ``x`` that the unit before has returned, which spares a pass
+over ``x``; either can be None. :class:`PreActStage` hands them on.
 
-Where a child is no longer what the fused operator computes (another class, as after ``convert_sync_batchnorm``; hooks,
-as for pruning; a padding mode other than zeros), the unit computes what its plain twin does, with the same result and
-without the speed.
+Where a child is no longer what the fused operator computes (another class, as after
+``convert_sync_batchnorm``; hooks, as for pruning; a padding mode other than zeros), the unit computes what
+its plain twin does, with the same result and without the speed.
 
-Under autocast the input is cast to the autocast dtype, like that of a convolution, and the output has this dtype. (A plain
-unit without a projection adds its input as it is, so it returns float32 where that is float32; behind a convolution, as in
-a net, the two are alike.)
+Under autocast the input is cast to the autocast dtype, like that of a convolution, and the output has this
+dtype. (A plain unit without a projection adds its input as it is, so it returns float32 where that is
+float32; behind a convolution, as in a net, the two are alike.)
 """
 
 from __future__ import annotations
@@ -35,24 +35,37 @@ UnitOutput = Tensor | tuple[Tensor, Tensor | None]
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything has been registered that runs when ``module`` is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_fusable(module: nn.Module) -> bool:
-    """Whether calling ``module`` is nothing but a 2-D batch normalisation or a convolution padded with zeros."""
+    """Whether ``module`` computes nothing but a 2-D batch norm, or a convolution padded with zeros."""
     if has_hooks(module) or "forward" in module.__dict__:
         return False
     if isinstance(module, nn.BatchNorm2d):
         return type(module).forward is _BatchNorm.forward
-    return (isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
-            and type(module)._conv_forward is nn.Conv2d._conv_forward and module.padding_mode == "zeros")
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and module.padding_mode == "zeros"
+    )
 
 
 def is_projection(shortcut: nn.Module | None) -> bool:
     """Whether ``shortcut`` is one that the operator computes: none, or a convolution without padding."""
-    return shortcut is None or (isinstance(shortcut, nn.Conv2d) and is_fusable(shortcut) and shortcut.groups == 1
-                                and shortcut.padding == (0, 0) and shortcut.dilation == (1, 1))
+    return shortcut is None or (
+        isinstance(shortcut, nn.Conv2d)
+        and is_fusable(shortcut)
+        and shortcut.groups == 1
+        and shortcut.padding == (0, 0)
+        and shortcut.dilation == (1, 1)
+    )
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
@@ -61,17 +74,25 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
 
 
 def batch_norm_args(bn: nn.BatchNorm2d) -> F.BatchNormArgs:
-    """Read ``bn`` and count the batch, exactly as ``BatchNorm2d.forward`` does; the operator does the rest."""
+    """Read ``bn`` and count the batch, as ``BatchNorm2d.forward`` does; the operator does the rest."""
     track = bn.training and bn.track_running_stats
     momentum = bn.momentum
     if track and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
+        if (
+            momentum is None
+        ):  # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
             momentum = 1.0 / bn.num_batches_tracked
     running = track or not bn.training
-    return F.BatchNormArgs(bn.weight, bn.bias, bn.running_mean if running else None,
-                           bn.running_var if running else None, bn.training, 0.0 if momentum is None else momentum,
-                           bn.eps)
+    return F.BatchNormArgs(
+        bn.weight,
+        bn.bias,
+        bn.running_mean if running else None,
+        bn.running_var if running else None,
+        bn.training,
+        0.0 if momentum is None else momentum,
+        bn.eps,
+    )
 
 
 def conv_args(conv: nn.Conv2d) -> F.ConvArgs:
@@ -98,9 +119,10 @@ class StatsModule:
         return (y, None) if return_stats else y
 
 
-def run_in_turn(modules: Iterable[nn.Module], x: Tensor, x_stats: Tensor | None = None,
-                return_stats: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Call ``modules`` one after another, each with the output of the one before, and hand on the statistics of it.
+def run_in_turn(
+    modules: Iterable[nn.Module], x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Call ``modules`` in turn, each with the output of the one before and the statistics of it.
 
     Statistics are asked for only where the next module will use them. A module that has hooks is called as
     ``module(x)``, so that they see what they would see on a plain module.
@@ -110,7 +132,11 @@ def run_in_turn(modules: Iterable[nn.Module], x: Tensor, x_stats: Tensor | None 
     """
     modules = list(modules)
     for module, following in zip(modules, [*modules[1:], None]):
-        wanted = return_stats if following is None else isinstance(following, StatsModule) and following.wants_stats()
+        wanted = (
+            return_stats
+            if following is None
+            else isinstance(following, StatsModule) and following.wants_stats()
+        )
         if not isinstance(module, StatsModule) or has_hooks(module):
             x, x_stats = module(x), None
         elif wanted:
@@ -121,12 +147,19 @@ def run_in_turn(modules: Iterable[nn.Module], x: Tensor, x_stats: Tensor | None 
 
 
 def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """``conv(x)``, and the statistics of it where ``following`` will use them: the first convolution of a net."""
+    """``conv(x)``, a net's first convolution, and the statistics of it where ``following`` will use them."""
     if not (is_fusable(conv) and isinstance(following, StatsModule) and following.wants_stats()):
         return conv(x), None
     args = conv_args(conv)
-    return F.conv2d_stats(x, args.weight, args.bias, stride=args.stride, padding=args.padding, dilation=args.dilation,
-                          groups=args.groups)
+    return F.conv2d_stats(
+        x,
+        args.weight,
+        args.bias,
+        stride=args.stride,
+        padding=args.padding,
+        dilation=args.dilation,
+        groups=args.groups,
+    )
 
 
 class PreActConv2d(StatsModule, reference.PreActConv2d):
@@ -140,9 +173,24 @@ class PreActConv2d(StatsModule, reference.PreActConv2d):
             return self._plain(x, return_stats)
         bn, conv = batch_norm_args(self.bn), conv_args(self.conv)
         return F.preact_conv2d(
-            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.weight, conv.bias, training=bn.training,
-            momentum=bn.momentum, eps=bn.eps, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-            groups=conv.groups, negative_slope=self.negative_slope, x_stats=x_stats, return_stats=return_stats)
+            x,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            conv.weight,
+            conv.bias,
+            training=bn.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            negative_slope=self.negative_slope,
+            x_stats=x_stats,
+            return_stats=return_stats,
+        )
 
 
 class _ResidualUnit(StatsModule):
@@ -159,9 +207,14 @@ class _ResidualUnit(StatsModule):
         if not all(is_fusable(child) for child in (*norms, *convs)) or not is_projection(self.shortcut):
             return self._plain(x, return_stats)
         return F.residual_unit(
-            x, [batch_norm_args(bn) for bn in norms], [conv_args(conv) for conv in convs],
+            x,
+            [batch_norm_args(bn) for bn in norms],
+            [conv_args(conv) for conv in convs],
             shortcut=None if self.shortcut is None else conv_args(self.shortcut),
-            negative_slope=self.negative_slope, x_stats=x_stats, return_stats=return_stats)
+            negative_slope=self.negative_slope,
+            x_stats=x_stats,
+            return_stats=return_stats,
+        )
 
 
 class PreActBasicBlock(_ResidualUnit, reference.PreActBasicBlock):
@@ -178,10 +231,11 @@ class PreActStage(StatsModule, reference.PreActStage):
     """Residual units that run one after another and hand on the statistics of what they return.
 
     Args:
-        units: the residual units, as in :class:`torch.nn.Sequential`. Any module may be among them; statistics travel
-            between fused units, see :func:`run_in_turn`.
+        units: the residual units, as in :class:`torch.nn.Sequential`. Any module may be among them;
+            statistics travel between fused units, see :func:`run_in_turn`.
 
-    ``stage(x)`` returns a tensor; ``stage(x, x_stats, return_stats=True)`` returns ``(y, y_stats)``, for the next stage.
+    ``stage(x)`` returns a tensor; ``stage(x, x_stats, return_stats=True)`` returns ``(y, y_stats)``, for the
+    next stage.
     """
 
     def first_norm(self) -> nn.Module | None:

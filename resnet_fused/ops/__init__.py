@@ -1,5 +1,5 @@
-"""The differentiable operators, written once out of primitives for all backends: schema, fake kernel, autograd, autocast
-and public function, one file each."""
+"""The differentiable operators, written once out of primitives for all backends: schema, fake kernel,
+autograd, autocast and public function, one file each."""
 
 from .arguments import BatchNormArgs, ConvArgs
 from .conv2d_stats import conv2d_stats

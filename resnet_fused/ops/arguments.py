@@ -10,10 +10,10 @@ class BatchNormArgs(NamedTuple):
 
     Attributes:
         weight, bias: [C], or None (``affine=False``).
-        running_mean, running_var: [C], or None (``track_running_stats=False``); updated in place when training.
+        running_mean, running_var: [C], or None (``track_running_stats=False``); updated in place in training.
         training: use batch statistics; they are used too where there are no running ones.
-        momentum: the factor of the exponential average: a float, or a 0-dim tensor (such as 1 / num_batches_tracked, for
-            the cumulative average of ``momentum=None``, without a synchronisation).
+        momentum: the factor of the exponential average: a float, or a 0-dim tensor (such as 1 /
+            num_batches_tracked, for the cumulative average of ``momentum=None``, without a synchronisation).
         eps: added to the variance.
     """
 
@@ -27,7 +27,7 @@ class BatchNormArgs(NamedTuple):
 
 
 class ConvArgs(NamedTuple):
-    """What one Conv2d of a unit passes: weight [K, C/groups, R, S], bias [K] or None, and nn.functional.conv2d's options."""
+    """What one Conv2d of a unit passes: weight [K, C/groups, R, S], bias [K] or None, conv2d's options."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -43,8 +43,8 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
             return (value[0], value[0])
         if len(value) != 2:
             raise RuntimeError(
-                f"expected {name} to be a single integer value or a list of 2 values to match the convolution "
-                f"dimensions, but got {name}={list(value)}"
+                f"expected {name} to be a single integer value or a list of 2 values to match the "
+                f"convolution dimensions, but got {name}={list(value)}"
             )
         return (value[0], value[1])
     return (value, value)
@@ -53,8 +53,9 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
 def resolve_padding(padding, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]):
     """Padding as a pair, and how many leading rows and columns of the output to drop.
 
-    'same' pads the left by total // 2 and the right by the rest. Where total is odd (an even kernel), both sides are
-    padded by the larger half here, and the first row or column of the output is not part of the result.
+    'same' pads the left by total // 2 and the right by the rest. Where total is odd (an even kernel), both
+    sides are padded by the larger half here, and the first row or column of the output is not part of the
+    result.
     """
     if not isinstance(padding, str):
         return pair(padding, "padding"), (0, 0)

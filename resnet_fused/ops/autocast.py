@@ -1,4 +1,4 @@
-"""Casting under autocast: activations only. Parameters stay as they are; the kernels round a float32 weight when they use it."""
+"""Casting under autocast: activations only. The kernels round a float32 weight when they use it."""
 
 import torch
 from torch import Tensor

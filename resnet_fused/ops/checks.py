@@ -1,7 +1,8 @@
 """Checks of the differentiable operators' arguments: once per operator, before anything is allocated.
 
-Exception types and wording are PyTorch's own for the same mistake in nn.BatchNorm2d and nn.Conv2d. Shapes are passed
-rather than tensors where a tensor is still to be computed, so that real and fake kernels share every check.
+Exception types and wording are PyTorch's own for the same mistake in nn.BatchNorm2d and nn.Conv2d. Shapes are
+passed rather than tensors where a tensor is still to be computed, so that real and fake kernels share every
+check.
 """
 
 import torch
@@ -79,8 +80,8 @@ def batch_norm(
             raise RuntimeError(f"{name} should contain {c} elements not {t.numel()}")
         if t.dtype is not acc and t.dtype is not dtype:
             raise RuntimeError(
-                f"Input type ({_type_name(dtype)}) and batch norm {name} type ({_type_name(t.dtype)}) should be the same, "
-                f"or {name} of type {_type_name(acc)}"
+                f"Input type ({_type_name(dtype)}) and batch norm {name} type ({_type_name(t.dtype)}) "
+                f"should be the same, or {name} of type {_type_name(acc)}"
             )
         device(t, on)
     if stats is not None:
@@ -108,8 +109,8 @@ def convolution(
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != 2:
             raise RuntimeError(
-                f"expected {name} to be a single integer value or a list of 2 values to match the convolution "
-                f"dimensions, but got {name}={list(values)}"
+                f"expected {name} to be a single integer value or a list of 2 values to match the "
+                f"convolution dimensions, but got {name}={list(values)}"
             )
         if values[0] < least or values[1] < least:
             raise RuntimeError(f"{'negative' if least == 0 else 'non-positive'} {name} is not supported")
@@ -122,43 +123,45 @@ def convolution(
         )
     if size[0] < groups:
         raise RuntimeError(
-            f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, but got weight of size "
-            f"{size} instead"
+            f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, but got "
+            f"weight of size {size} instead"
         )
     if size[0] % groups != 0:
         raise RuntimeError(
-            f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, but got weight of size "
-            f"{size} instead"
+            f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, but got "
+            f"weight of size {size} instead"
         )
     n, c, h, w = shape
     if c != size[1] * groups:
         raise RuntimeError(
-            f"Given groups={groups}, weight of size {size}, expected input{list(shape)} to have {size[1] * groups} "
-            f"channels, but got {c} channels instead"
+            f"Given groups={groups}, weight of size {size}, expected input{list(shape)} to have "
+            f"{size[1] * groups} channels, but got {c} channels instead"
         )
     acc = acc_dtype(dtype)
     if weight.dtype is not dtype and weight.dtype is not acc:
         raise RuntimeError(
-            f"Input type ({_type_name(dtype)}) and weight type ({_type_name(weight.dtype)}) should be the same"
+            f"Input type ({_type_name(dtype)}) and weight type ({_type_name(weight.dtype)}) should be the "
+            "same"
         )
     device(weight, on)
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != size[0]:
             raise RuntimeError(
-                f"Given weight of size {size}, expected bias to be 1-dimensional with {size[0]} elements, but got bias "
-                f"of size {list(bias.shape)} instead"
+                f"Given weight of size {size}, expected bias to be 1-dimensional with {size[0]} elements, "
+                f"but got bias of size {list(bias.shape)} instead"
             )
         if bias.dtype is not dtype and bias.dtype is not acc:
             raise RuntimeError(
-                f"Input type ({_type_name(dtype)}) and bias type ({_type_name(bias.dtype)}) should be the same"
+                f"Input type ({_type_name(dtype)}) and bias type ({_type_name(bias.dtype)}) should be the "
+                "same"
             )
         device(bias, on)
     extent = (dilation[0] * (size[2] - 1) + 1, dilation[1] * (size[3] - 1) + 1)
     padded = (h + 2 * padding[0], w + 2 * padding[1])
     if padded[0] < extent[0] or padded[1] < extent[1]:
         raise RuntimeError(
-            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: ({extent[0]} x "
-            f"{extent[1]}). Kernel size can't be greater than actual input size"
+            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
+            f"({extent[0]} x {extent[1]}). Kernel size can't be greater than actual input size"
         )
     if n != 0 and (c == 0 or h == 0 or w == 0):
         raise RuntimeError(f"Only zero batch inputs are supported, but got input shape: {list(shape)}")
@@ -177,7 +180,8 @@ def same_size(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     for d, (i, j) in enumerate(zip(a, b, strict=True)):
         if i != j:
             raise RuntimeError(
-                f"The size of tensor a ({i}) must match the size of tensor b ({j}) at non-singleton dimension {d}"
+                f"The size of tensor a ({i}) must match the size of tensor b ({j}) at non-singleton "
+                f"dimension {d}"
             )
 
 

@@ -1,4 +1,4 @@
-"""conv2d_stats: a plain convolution and the statistics of its output: what the stem of a net hands to its first unit."""
+"""conv2d_stats: a plain convolution and the statistics of its output, for the stem of a net."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ def conv2d_stats(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """``torch.nn.functional.conv2d`` of a batch, with mean and M2 of y per channel, [2, K] in float32 (float64 for float64).
+    """``torch.nn.functional.conv2d`` of a batch, and mean and M2 of its output per channel.
 
-    The statistics are not differentiable themselves: the operator that takes them differentiates through them.
+    Returns:
+        y, and its statistics, [2, K] in float32 (float64 for float64). They have no derivative themselves:
+        the operator that takes them as ``x_stats`` differentiates through them.
     """
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")

@@ -1,6 +1,7 @@
 """Second and higher derivatives, by differentiating plain-PyTorch formulas of the same functions.
 
-First derivatives come from the fused kernels; a gradient of a gradient is rare enough to be recomputed from the inputs.
+First derivatives come from the fused kernels; a gradient of a gradient is rare enough to be recomputed from
+the inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ from resnet_fused.primitives.registration import without_autocast
 def pre_activation(
     x: Tensor, gamma: Tensor, beta: Tensor, frozen: Tensor | None, eps: float, negative_slope: float
 ) -> Tensor:
-    """act(bn(x)), differentiable any number of times. frozen: bn [4, C] whose mean and invstd are constants (evaluation
-    mode); None: batch statistics, as functions of x."""
+    """act(bn(x)), differentiable any number of times. frozen: bn [4, C] whose mean and invstd are constants
+    (evaluation mode); None: batch statistics, as functions of x."""
     acc = acc_dtype(x.dtype)
     xa, gamma, beta = x.to(acc), gamma.to(acc), beta.to(acc)
     if frozen is None:
@@ -52,7 +53,8 @@ def vjp_of_vjp(
         second: the cotangent of each component of g, None where there is none.
 
     Returns:
-        the gradients of cotangent and of each input. They are differentiable again if grad mode is on (create_graph).
+        the gradients of cotangent and of each input. They are differentiable again if grad mode is on
+        (create_graph).
     """
     wanted = [i for i, s in enumerate(second) if s is not None]
     if not wanted:

@@ -1,8 +1,8 @@
 """preact_conv2d: BatchNorm -> (Leaky)ReLU -> convolution (+ residual), one differentiable operator.
 
-Forward reads x once for its statistics (not at all if they come with it) and once in the convolution; backward recomputes
-the activation from x, so that only x is saved (He et al. 2016, "Identity Mappings in Deep Residual Networks", the
-pre-activation; Ioffe & Szegedy 2015, "Batch Normalization", the gradients).
+Forward reads x once for its statistics (not at all if they come with it) and once in the convolution;
+backward recomputes the activation from x, so that only x is saved (He et al. 2016, "Identity Mappings in Deep
+Residual Networks", the pre-activation; Ioffe & Szegedy 2015, "Batch Normalization", the gradients).
 """
 
 from typing import NamedTuple
@@ -22,7 +22,15 @@ from resnet_fused.primitives.layout import (
     suggests_channels_last,
 )
 from resnet_fused.primitives.reference import bias_gradient
-from resnet_fused.primitives.registration import autocast_kernel, define, differentiable, without_autocast
+from resnet_fused.primitives.registration import (
+    autocast_kernel,
+    below_autograd,
+    call,
+    call_in_backward,
+    define,
+    differentiable,
+    without_autocast,
+)
 
 from . import autocast, checks, double_backward, running_stats
 from .arguments import pair, resolve_padding
@@ -56,8 +64,8 @@ def _check(a: _Arguments) -> tuple[int, int, int, int]:
     x = a.x
     checks.activation(x, "preact_conv2d")
     checks.batch_norm(
-        x.shape, x.dtype, x.device, a.x_stats, a.bn_weight, a.bn_bias, a.running_mean, a.running_var, a.training,
-        a.eps,
+        x.shape, x.dtype, x.device, a.x_stats, a.bn_weight, a.bn_bias, a.running_mean, a.running_var,
+        a.training, a.eps,
     )  # fmt: skip
     shape = checks.convolution(
         x.shape, x.dtype, x.device, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups
@@ -96,7 +104,8 @@ def _forward(*args):
     )
     residual = None if a.residual is None else channels_last(a.residual)
     y, y_stats = primitives.preact_conv_forward(
-        x, bn, a.weight, a.bias, residual, a.negative_slope, a.stride, a.padding, a.dilation, a.groups, a.want_stats
+        x, bn, a.weight, a.bias, residual, a.negative_slope, a.stride, a.padding, a.dilation, a.groups,
+        a.want_stats
     )  # fmt: skip
     y = canonical(y, convolution_is_channels_last(a.x, a.weight))
     return y, y_stats, empty_acc(x, 0) if computed is None else computed, bn
@@ -141,7 +150,7 @@ def _backward_outputs(a: _BackwardArguments):
     need_x, need_bn, need_weight, need_bias = a.output_mask
     x, weight = a.x, a.weight
     return (
-        empty(x.shape, x, convolution_is_channels_last(x, weight)) if need_x else x.new_empty(0),
+        empty(x.shape, x, suggests_channels_last(x)) if need_x else x.new_empty(0),
         empty_acc(x, 2, x.shape[1]) if need_bn else empty_acc(x, 0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
@@ -167,16 +176,17 @@ def _backward(*args):
             count = x.shape[0] * x.shape[2] * x.shape[3]
             coefficients = primitives.finalize_backward(bn_sums, a.bn, count, a.training)
             dx = primitives.preact_apply(dz, x, coefficients, None)
-            dx = canonical(dx, convolution_is_channels_last(a.x, weight))
+            dx = canonical(dx, suggests_channels_last(a.x))
         if need_bn:
             sums = bn_sums
     return dx, sums, dweight, dbias
 
 
 _BACKWARD_OP = define(
-    "preact_conv2d_backward(Tensor dy, Tensor x, Tensor bn, Tensor? bn_weight, Tensor? bn_bias, Tensor weight, "
-    "bool training, float eps, float negative_slope, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "bool[4] output_mask) -> (Tensor dx, Tensor sums, Tensor dweight, Tensor dbias)",
+    "preact_conv2d_backward(Tensor dy, Tensor x, Tensor bn, Tensor? bn_weight, Tensor? bn_bias, "
+    "Tensor weight, bool training, float eps, float negative_slope, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, bool[4] output_mask) "
+    "-> (Tensor dx, Tensor sums, Tensor dweight, Tensor dbias)",
     _backward,
     lambda *args: _backward_outputs(_BackwardArguments(*args)),
 )
@@ -185,8 +195,7 @@ _BACKWARD_OP = define(
 class _PreactConv2d(Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, y_stats, x_stats, bn = _OP(*args)
+        y, y_stats, x_stats, bn = below_autograd(_OP, *args)
         a = _Arguments(*args)
         ctx.options = args[9:16]
         ctx.bias_dtype = None if a.bias is None else a.bias.dtype
@@ -207,7 +216,9 @@ class _PreactConv2d(Function):
         x, bn, bn_weight, bn_bias, weight = ctx.saved_tensors
         mask = [need_x, need_bn_weight or need_bn_bias, need_weight, need_bias]
         if any(mask):
-            dx, sums, dweight, dbias = _BACKWARD_OP(dy, x, bn, bn_weight, bn_bias, weight, *ctx.options, mask)
+            dx, sums, dweight, dbias = call_in_backward(
+                _BACKWARD_OP, dy, x, bn, bn_weight, bn_bias, weight, *ctx.options, mask
+            )
             if need_x:
                 gradients[0] = dx
             if need_bn_weight:
@@ -226,8 +237,7 @@ class _PreactConv2d(Function):
 class _PreactConv2dBackward(Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _BACKWARD_OP(*args)
+        outputs = below_autograd(_BACKWARD_OP, *args)
         ctx.options = args[6:]
         ctx.save_for_backward(*args[:6])
         ctx.set_materialize_grads(False)
@@ -303,7 +313,7 @@ def preact_conv2d(
     x_stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """BatchNorm -> ReLU -> convolution, fused: ``conv2d(relu(batch_norm(x, ...)), weight, bias, ...) (+ residual)``.
+    """BatchNorm -> ReLU -> convolution: ``conv2d(relu(batch_norm(x, ...)), weight, bias, ...) (+ residual)``.
 
     Padding comes after the activation, as it does when the three are separate modules.
 
@@ -319,7 +329,8 @@ def preact_conv2d(
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, 'same' and 'valid' included.
         negative_slope: 0 is ReLU, more is LeakyReLU.
         residual: [N, K, P, Q] in x's dtype, added to the convolution's output.
-        x_stats: mean and M2 of exactly this x, as returned with it, [2, C] in float32 (float64 for float64): saves a read.
+        x_stats: mean and M2 of exactly this x, as returned with it, [2, C] in float32 (float64 for float64):
+            saves a read.
         return_stats: return the statistics of y too, for the next operator's ``x_stats``.
 
     Returns:
@@ -331,7 +342,8 @@ def preact_conv2d(
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding, (top, left) = resolve_padding(padding, weight, stride, dilation)
     whole = not (top or left)
-    y, y_stats, computed, _ = _OP(
+    y, y_stats, computed, _ = call(
+        _OP,
         x,
         x_stats,
         bn_weight,

@@ -1,7 +1,7 @@
-"""residual_add: the addition of a residual unit, x + y, with the scaled and gated variants, and statistics of the sum.
+"""residual_add: the addition of a residual unit, x + y, scaled or gated, and the sum's statistics.
 
-He et al. 2016, "Identity Mappings in Deep Residual Networks", section 3 (constant scaling, gating); Huang et al. 2016,
-"Deep Networks with Stochastic Depth" (a gate of one number per image).
+He et al. 2016, "Identity Mappings in Deep Residual Networks", section 3 (constant scaling, gating); Huang et
+al. 2016, "Deep Networks with Stochastic Depth" (a gate of one number per image).
 """
 
 import torch
@@ -9,9 +9,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from resnet_fused import primitives
-from resnet_fused.primitives.layout import acc_dtype, canonical, empty, empty_acc, suggests_channels_last
+from resnet_fused.primitives.layout import (
+    acc_dtype,
+    canonical,
+    empty,
+    empty_acc,
+    suggests_channels_last,
+)
 from resnet_fused.primitives.registration import (
     autocast_kernel,
+    below_autograd,
+    call,
+    call_in_backward,
     define,
     differentiable,
     without_autocast,
@@ -50,15 +59,15 @@ def _forward_fake(x, y, affine, gate, alpha, slope, want_stats):
 
 
 _OP = define(
-    "residual_add(Tensor x, Tensor y, Tensor? affine, Tensor? gate, float alpha, float? slope, bool want_stats) "
-    "-> (Tensor out, Tensor stats)",
+    "residual_add(Tensor x, Tensor y, Tensor? affine, Tensor? gate, float alpha, float? slope, "
+    "bool want_stats) -> (Tensor out, Tensor stats)",
     _forward,
     _forward_fake,
 )
 
 
 def _gradients(dout, out, y, affine, gate, alpha, slope, output_mask):
-    """Plain PyTorch, differentiable in dout, y, affine and gate: act is piecewise linear, its mask a constant."""
+    """Plain PyTorch, differentiable in dout, y, affine and gate: the mask of act is a constant."""
     need_x, need_y, need_affine, need_gate = output_mask
     acc = acc_dtype(dout.dtype)
     dx = dy = dout.new_empty(0)
@@ -107,8 +116,8 @@ def _backward_fake(dout, out, y, affine, gate, alpha, slope, output_mask):
 
 
 _BACKWARD_OP = define(
-    "residual_add_backward(Tensor dout, Tensor? out, Tensor? y, Tensor? affine, Tensor? gate, float alpha, float? slope, "
-    "bool[4] output_mask) -> (Tensor dx, Tensor dy, Tensor daffine, Tensor dgate)",
+    "residual_add_backward(Tensor dout, Tensor? out, Tensor? y, Tensor? affine, Tensor? gate, float alpha, "
+    "float? slope, bool[4] output_mask) -> (Tensor dx, Tensor dy, Tensor daffine, Tensor dgate)",
     _backward,
     _backward_fake,
 )
@@ -117,8 +126,7 @@ _BACKWARD_OP = define(
 class _ResidualAdd(Function):
     @staticmethod
     def forward(ctx, x, y, affine, gate, alpha, slope, want_stats):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, stats = _OP(x, y, affine, gate, alpha, slope, want_stats)
+        out, stats = below_autograd(_OP, x, y, affine, gate, alpha, slope, want_stats)
         _, _, need_affine, need_gate = ctx.needs_input_grad[:4]
         # A plain addition saves nothing; the activation's mask is read from the output.
         ctx.save_for_backward(
@@ -142,7 +150,7 @@ class _ResidualAdd(Function):
             dy, need_y = dout if ctx.alpha == 1 else dout * ctx.alpha, False
         mask = [need_x, need_y, need_affine, need_gate]
         if any(mask):
-            results = _BACKWARD_OP(dout, out, y, affine, gate, ctx.alpha, ctx.slope, mask)
+            results = call_in_backward(_BACKWARD_OP, dout, out, y, affine, gate, ctx.alpha, ctx.slope, mask)
             dx, dy, daffine, dgate = (
                 r if needed else before
                 for r, needed, before in zip(results, mask, (dx, dy, daffine, dgate), strict=True)
@@ -195,7 +203,8 @@ def residual_add(
         The sum, in x's memory format; or (sum, its statistics).
 
     Raises:
-        ValueError: x is not 4-D, or negative_slope < 0. RuntimeError: sizes that do not match (there is no broadcasting).
+        ValueError: x is not 4-D, or negative_slope < 0.
+        RuntimeError: sizes that do not match (there is no broadcasting).
     """
     if x.dtype != y.dtype:
         dtype = torch.promote_types(x.dtype, y.dtype)
@@ -207,5 +216,5 @@ def residual_add(
         if gate.dim() == 4 and gate.shape[2] == gate.shape[3] == 1:
             gate = gate.flatten(1)
         gate = gate.to(acc)
-    out, stats = _OP(x, y, affine, gate, alpha, negative_slope, return_stats)
+    out, stats = call(_OP, x, y, affine, gate, alpha, negative_slope, return_stats)
     return (out, stats) if return_stats else out

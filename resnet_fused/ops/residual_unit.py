@@ -1,16 +1,15 @@
-"""residual_unit: x_{l+1} = s(x_l) + F(x_l), a whole pre-activation residual unit as one differentiable operator.
+"""residual_unit: x_{l+1} = s(x_l) + F(x_l), a whole pre-activation unit as one differentiable operator.
 
-F is one or more pre-activation convolutions; s is the identity, or a projection of the unit's first pre-activation
-(He et al. 2016, "Identity Mappings in Deep Residual Networks", equation 1 and figure 4(e)). One autograd node saves x
-and the raw outputs of the convolutions; no activation is stored. Statistics come with x and leave with the sum, so no
-pass over memory is spent on them; a projection unit shares one set of statistics between its first convolution and its
-shortcut.
+F is one or more pre-activation convolutions; s is the identity, or a projection of the unit's first
+pre-activation (He et al. 2016, "Identity Mappings in Deep Residual Networks", equation 1 and figure 4(e)).
+One autograd node saves x and the raw outputs of the convolutions; no activation is stored. Statistics come
+with x and leave with the sum, so no pass over memory is spent on them; a projection unit shares one set of
+statistics between its first convolution and its shortcut.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -23,11 +22,25 @@ from resnet_fused.primitives.layout import (
     empty,
     empty_acc,
 )
-from resnet_fused.primitives.registration import autocast_kernel, define, differentiable, without_autocast
+from resnet_fused.primitives.registration import (
+    autocast_kernel,
+    below_autograd,
+    call,
+    call_in_backward,
+    define,
+    differentiable,
+    without_autocast,
+)
 
 from . import autocast, checks, running_stats
 from .arguments import BatchNormArgs, ConvArgs, pair, resolve_padding
-from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, UnitGeometry, count_of, split, unit_geometry
+from .residual_unit_backward import (
+    RESIDUAL_UNIT_BACKWARD,
+    UnitGeometry,
+    count_of,
+    split,
+    unit_geometry,
+)
 
 
 class _Arguments(NamedTuple):
@@ -74,8 +87,9 @@ def _check(a: _Arguments) -> tuple[UnitGeometry, list[tuple]]:
     pairs = (a.strides, a.paddings, a.dilations)
     if n == 0 or any(len(s) != n for s in singles) or any(len(p) != 2 * n for p in pairs):
         raise RuntimeError(
-            "residual_unit: expected at least one convolution, and a BatchNorm and a geometry for each, but got "
-            f"{n} weights and lists of length {[len(s) for s in singles]} and, of pairs, {[len(p) for p in pairs]}"
+            "residual_unit: expected at least one convolution, and a BatchNorm and a geometry for each, but "
+            f"got {n} weights, lists of length {[len(s) for s in singles]} and, of pairs, "
+            f"{[len(p) for p in pairs]}"
         )
     geometry = unit_geometry(*pairs, a.groups, a.shortcut_stride)
     checks.activation(x, "residual_unit")
@@ -115,8 +129,8 @@ def _forward(*args):
         # Statistics that came as an argument are not an output: outputs do not alias inputs.
         stats.append(empty_acc(x, 0) if h_stats is None or given else h_stats)
         bn = primitives.finalize_forward(
-            h_stats, count_of(shapes[i]), a.running_means[i], a.running_vars[i], a.bn_weights[i], a.bn_biases[i],
-            a.eps[i],
+            h_stats, count_of(shapes[i]), a.running_means[i], a.running_vars[i], a.bn_weights[i],
+            a.bn_biases[i], a.eps[i],
         )  # fmt: skip
         bns.append(bn)
         residual, last = None, i == n - 1
@@ -158,10 +172,11 @@ def _forward_fake(*args):
 
 
 _OP = define(
-    "residual_unit(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases, Tensor?[] running_means, "
-    "Tensor?[] running_vars, Tensor[] weights, Tensor?[] biases, Tensor? shortcut_weight, Tensor? shortcut_bias, "
-    "bool[] training, float[] eps, float negative_slope, int[] strides, int[] paddings, int[] dilations, "
-    "int[] groups, int[2] shortcut_stride, bool want_stats, bool want_raw) "
+    "residual_unit(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases, "
+    "Tensor?[] running_means, Tensor?[] running_vars, Tensor[] weights, Tensor?[] biases, "
+    "Tensor? shortcut_weight, Tensor? shortcut_bias, bool[] training, float[] eps, "
+    "float negative_slope, int[] strides, int[] paddings, int[] dilations, int[] groups, "
+    "int[2] shortcut_stride, bool want_stats, bool want_raw) "
     "-> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)",
     _forward,
     _forward_fake,
@@ -169,21 +184,20 @@ _OP = define(
 
 
 class _ResidualUnit(Function):
-    """Lists come flattened: autograd sees tensors that are arguments, not those in lists."""
+    """Lists come flattened: autograd sees only tensors that are arguments."""
 
     @staticmethod
     def forward(ctx, n, constants, options, x, *parameters):
         x_stats, running_means, running_vars = constants
         bn_weights, bn_biases, weights, biases = split(parameters, n, 4)
         shortcut = parameters[4 * n :]
-        with torch._C._AutoDispatchBelowAutograd():
-            out, out_stats, raw, stats, bns = _OP(
-                x, x_stats, bn_weights, bn_biases, running_means, running_vars, weights, biases, *shortcut, *options,
-                True,
-            )  # fmt: skip
+        out, out_stats, raw, stats, bns = below_autograd(
+            _OP, x, x_stats, bn_weights, bn_biases, running_means, running_vars, weights, biases, *shortcut,
+            *options, True,
+        )  # fmt: skip
         ctx.n, ctx.options = n, options[:-1]
         ctx.shortcut_bias_dtype = None if shortcut[1] is None else shortcut[1].dtype
-        # Not the running statistics: they may change before backward (DDP with two forward passes). bns are copies.
+        # Not the running statistics: they may change before backward (DDP with two forwards). bns are copies.
         ctx.save_for_backward(x, *raw, *bns, *parameters[:-1])
         ctx.mark_non_differentiable(out_stats, *raw, *stats, *bns)
         ctx.set_materialize_grads(False)
@@ -201,8 +215,9 @@ class _ResidualUnit(Function):
         need_gammas, need_betas, need_weights, need_biases = split(needs, n, 4)
         need_shortcut_weight, need_shortcut_bias = needs[4 * n :]
         need_bns = [g or b for g, b in zip(need_gammas, need_betas, strict=True)]
-        dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias = RESIDUAL_UNIT_BACKWARD(
-            dout, x, raw, bns, bn_weights, bn_biases, weights, biases, parameters[-1], *ctx.options,
+        dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias = call_in_backward(
+            RESIDUAL_UNIT_BACKWARD, dout, x, raw, bns, bn_weights, bn_biases, weights, biases, parameters[-1],
+            *ctx.options,
             [need_x, *need_bns, *need_weights, *need_biases, need_shortcut_weight, need_shortcut_bias],
         )  # fmt: skip
         return (
@@ -258,17 +273,17 @@ def residual_unit(
 
     Args:
         x: [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout.
-        norms, convs: the BatchNorms and the convolutions in order, as many of one as of the other: 2 in a basic unit,
-            3 in a bottleneck. 'same' padding needs odd kernels here.
-        shortcut: None: s = x, and the convolutions must keep x's size. Else s = conv(act(bn_1(x))), a projection of
-            the unit's first pre-activation: padding 0, dilation 1, groups 1.
+        norms, convs: the BatchNorms and the convolutions in order, as many of one as of the other: 2 in a
+            basic unit, 3 in a bottleneck. 'same' padding needs odd kernels here.
+        shortcut: None: s = x, and the convolutions must keep x's size. Else s = conv(act(bn_1(x))), a
+            projection of the unit's first pre-activation: padding 0, dilation 1, groups 1.
         negative_slope: 0 is ReLU, more is LeakyReLU.
         x_stats: mean and M2 of exactly this x, [2, C], as the unit before returned them.
         return_stats: return the statistics of the output too, for the next unit.
 
     Returns:
-        out [N, K, P, Q], channels_last if x or a weight is, else contiguous; or (out, its statistics, [2, K] in
-        float32, float64 for float64).
+        out [N, K, P, Q], channels_last if x or a weight is, else contiguous; or (out, its statistics, [2, K]
+        in float32, float64 for float64).
 
     Raises:
         ValueError, RuntimeError: as nn.BatchNorm2d, nn.Conv2d and the addition do for the same arguments.
@@ -291,7 +306,8 @@ def residual_unit(
                 "the shortcut of a residual unit has padding 0, dilation 1 and groups 1, but got padding="
                 f"{shortcut.padding}, dilation={shortcut.dilation}, groups={shortcut.groups}"
             )
-    out, out_stats, _, stats, _ = _OP(
+    out, out_stats, _, stats, _ = call(
+        _OP,
         x,
         x_stats,
         [norm.weight for norm in norms],

@@ -1,8 +1,8 @@
-"""residual_unit_backward: all gradients of a residual unit, from the last convolution to the first, one operator.
+"""residual_unit_backward: all gradients of a residual unit, from the last convolution to the first.
 
-For each convolution: weight gradient, input gradient with BatchNorm's two sums, and one pass that applies BatchNorm's
-backward; in the first convolution that pass adds the identity shortcut's gradient too. A projection shortcut's gradient
-joins at the pre-activation that both convolutions read.
+For each convolution: weight gradient, input gradient with BatchNorm's two sums, and one pass that applies
+BatchNorm's backward; in the first convolution that pass adds the identity shortcut's gradient too. A
+projection shortcut's gradient joins at the pre-activation that both convolutions read.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from resnet_fused import primitives
 from resnet_fused.primitives.layout import (
     canonical,
     channels_last,
-    convolution_is_channels_last,
     empty,
     empty_acc,
+    suggests_channels_last,
 )
 from resnet_fused.primitives.reference import bias_gradient
-from resnet_fused.primitives.registration import define, differentiable
+from resnet_fused.primitives.registration import below_autograd, define, differentiable
 
 from . import double_backward
 
@@ -77,9 +77,6 @@ class _Arguments(NamedTuple):
 
     def geometry(self) -> UnitGeometry:
         return unit_geometry(self.strides, self.paddings, self.dilations, self.groups, self.shortcut_stride)
-
-    def is_channels_last(self) -> bool:
-        return convolution_is_channels_last(self.x, *self.weights, self.shortcut_weight)
 
 
 class _Mask:
@@ -145,7 +142,7 @@ def _backward(*args):
         if mask.bns[i]:
             sums[i] = bn_sums
     if mask.x:
-        dx = canonical(dy, a.is_channels_last())
+        dx = canonical(dy, suggests_channels_last(a.x))
     return dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias
 
 
@@ -167,7 +164,7 @@ def _empty_outputs(a: _Arguments, mask: _Mask):
         )
     channels = [x.shape[1], *(w.shape[0] for w in weights[:-1])]
     return (
-        empty(x.shape, x, a.is_channels_last()) if mask.x else x.new_empty(0),
+        empty(x.shape, x, suggests_channels_last(x)) if mask.x else x.new_empty(0),
         [empty_acc(x, 2, c) if m else empty_acc(x, 0) for m, c in zip(mask.bns, channels, strict=True)],
         [weight_like(m, w) for m, w in zip(mask.weights, weights, strict=True)],
         [bias_like(m, w) for m, w in zip(mask.biases, weights, strict=True)],
@@ -192,14 +189,13 @@ RESIDUAL_UNIT_BACKWARD = define(
 
 
 class _ResidualUnitBackward(Function):
-    """The second derivative. Lists come flattened: autograd sees tensors that are arguments, not those in lists."""
+    """The second derivative. Lists come flattened: autograd sees only tensors that are arguments."""
 
     @staticmethod
     def forward(ctx, n, raw, bns, options, dout, x, *parameters):
-        with torch._C._AutoDispatchBelowAutograd():
-            dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias = RESIDUAL_UNIT_BACKWARD(
-                dout, x, raw, bns, *split(parameters, n, 4), parameters[-1], *options
-            )
+        dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias = below_autograd(
+            RESIDUAL_UNIT_BACKWARD, dout, x, raw, bns, *split(parameters, n, 4), parameters[-1], *options
+        )
         ctx.n, ctx.options = n, options
         ctx.save_for_backward(dout, x, *bns, *parameters)
         ctx.set_materialize_grads(False)

@@ -12,7 +12,8 @@ def update(
     """running = (1 - momentum) * running + momentum * batch statistic, in place; the variance unbiased.
 
     Args:
-        stats: acc [2, C], mean and M2, of an input with count = N*H*W values per channel; count 0 changes nothing.
+        stats: acc [2, C], mean and M2, of an input with count = N*H*W values per channel; count 0 changes
+            nothing.
         momentum: a float, or a 0-dim tensor, which is read by tensor arithmetic, never by the host.
     """
     if count == 0:

@@ -1,7 +1,7 @@
 """The primitives: registered, functional, not differentiable; every backend provides them or declines a case.
 
-The functions here are what ops/ calls. Their registered twins ``torch.ops.resnet_fused.<name>`` take the same arguments
-in any layout. The *acc* dtype is float64 for float64 activations, else float32.
+The functions here are what ops/ calls. Their registered twins ``torch.ops.resnet_fused.<name>`` take the same
+arguments in any layout. The *acc* dtype is float64 for float64 activations, else float32.
 """
 
 from .bn_act_backward import bn_act_backward

@@ -1,4 +1,4 @@
-"""bn_act_backward: the activation's backward and BatchNorm's two sums, the elementwise half of the unfused backward path."""
+"""bn_act_backward: act's backward and BatchNorm's two sums, the elementwise half of the unfused backward."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ def bn_act_backward(
         bn: acc [4, C] of finalize_forward.
 
     Returns:
-        dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz as rounded.
+        dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz
+        as rounded.
     """
     return dispatch.select("bn_act_backward", x)(da, x, bn, dz_in, slope)
 

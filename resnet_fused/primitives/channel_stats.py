@@ -14,8 +14,9 @@ def channel_stats(x: Tensor) -> Tensor:
     """Statistics of a dense channels_last x [N, C, H, W].
 
     Returns:
-        acc [2, C]: the mean, and M2 = the sum of squared deviations from it, over N, H, W. Partial (count, mean, M2) are
-        merged by Chan's formula in a fixed order; E[x^2] - E[x]^2 would lose everything at a large mean.
+        acc [2, C]: the mean, and M2 = the sum of squared deviations from it, over N, H, W. Partial (count,
+        mean, M2) are merged by Chan's formula in a fixed order; E[x^2] - E[x]^2 would lose everything at a
+        large mean.
     """
     return dispatch.select("channel_stats", x)(x)
 

@@ -1,7 +1,8 @@
 """Which backend runs a primitive: the only place that chooses.
 
-A backend provides a primitive or declines a case, with a reason. What it declines is served by the unfused path (for the
-convolutions: elementwise kernel + the framework's own convolution), and at last by the reference, which takes everything.
+A backend provides a primitive or declines a case, with a reason. What it declines is served by the unfused
+path (for the convolutions: elementwise kernel + the framework's own), and at last by the reference, which
+takes everything.
 """
 
 import os
@@ -70,19 +71,20 @@ def unavailable(backend: str) -> str | None:
 
 
 class use_backend:
-    """Choose the backend of every primitive: ``use_backend("cpu")`` from now on, or for a block as a context manager.
+    """Choose the backend of every primitive, from now on or, as a context manager, for a block.
 
     Args:
-        name: ``"auto"`` (the default: the best that is there, by primitive, device, dtype and shape), ``"reference"``
-            (plain PyTorch, for comparison), ``"cpu"`` (the C++ kernels wherever they do not decline), ``"unfused"``
-            (elementwise kernels + the framework's convolutions), ``"cuda"`` or ``"triton"``.
+        name: ``"auto"`` (the default: the best that is there, by primitive, device, dtype and shape),
+            ``"reference"`` (plain PyTorch, for comparison), ``"cpu"`` (the C++ kernels wherever they do not
+            decline), ``"unfused"`` (elementwise kernels + the framework's convolutions), ``"cuda"`` or
+            ``"triton"``.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: a known backend that is not available here.
 
-    The choice holds for the whole process, not for one thread: backward runs in threads of its own. The environment
-    variable RESNET_FUSED_BACKEND gives the first choice.
+    The choice holds for the whole process, not for one thread: backward runs in threads of its own. The
+    environment variable RESNET_FUSED_BACKEND gives the first choice.
     """
 
     def __init__(self, name: str):
@@ -112,8 +114,8 @@ def current_backend() -> str:
 
 
 class record_dispatch:
-    """``with record_dispatch() as log:`` fills the list ``log`` with a :class:`DispatchRecord` for every primitive that
-    runs inside, in order, backward included."""
+    """``with record_dispatch() as log:`` fills the list ``log`` with a :class:`DispatchRecord` for every
+    primitive that runs inside, in order, backward included."""
 
     def __enter__(self) -> list[DispatchRecord]:
         self._log: list[DispatchRecord] = []

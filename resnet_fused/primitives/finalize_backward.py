@@ -13,7 +13,8 @@ def finalize_backward(sums: Tensor, bn: Tensor, count: int, training: bool) -> T
     """Coefficients of dx = A*dz + B*(x - mean) + C.
 
     With batch statistics (training) the mean and the variance depend on x (Ioffe & Szegedy 2015, section 3):
-    A = scale, B = -scale * invstd * sum(dz * xhat) / count, C = -scale * sum(dz) / count. Else A = scale, B = C = 0.
+    A = scale, B = -scale * invstd * sum(dz * xhat) / count, C = -scale * sum(dz) / count.
+    Else A = scale, B = C = 0.
 
     Args:
         sums: acc [2, C] of preact_conv_dgrad; bn: acc [4, C] of finalize_forward; count: N*H*W of x.

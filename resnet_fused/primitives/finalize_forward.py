@@ -22,12 +22,13 @@ def finalize_forward(
     """Coefficients of one BatchNorm.
 
     Args:
-        stats: acc [2, C] of channel_stats: batch statistics are used, with the biased variance M2 / count. None: the
-            running ones [C] are.
+        stats: acc [2, C] of channel_stats: batch statistics are used, with the biased variance M2 / count.
+            None: the running ones [C] are.
         weight, bias: [C], or None for 1 and 0.
 
     Returns:
-        bn, acc [4, C]: mean, invstd = 1 / sqrt(var + eps), scale = weight * invstd, shift = bias - mean * scale.
+        bn, acc [4, C]: mean, invstd = 1 / sqrt(var + eps), scale = weight * invstd, and
+        shift = bias - mean * scale.
     """
     run = dispatch.select("finalize_forward", running_mean if stats is None else stats)
     return run(stats, count, running_mean, running_var, weight, bias, eps)
@@ -39,8 +40,8 @@ def _fake(stats, count, running_mean, running_var, weight, bias, eps):
 
 
 define_primitive(
-    "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
-    "float eps) -> Tensor",
+    "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
+    "Tensor? bias, float eps) -> Tensor",
     finalize_forward,
     _fake,
 )

@@ -1,7 +1,7 @@
 """Memory formats and dtypes that every layer above the kernels shares.
 
-Inside the package an activation is *dense channels_last*: a 4-D NCHW-shaped tensor whose strides are (H*W*C, 1, W*C, C),
-where the stride of a dimension of size 1 says nothing.
+Inside the package an activation is *dense channels_last*: a 4-D NCHW-shaped tensor whose strides are (H*W*C,
+1, W*C, C), where the stride of a dimension of size 1 says nothing.
 """
 
 import torch
@@ -48,8 +48,9 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def canonical(t: Tensor, channels_last: bool) -> Tensor:
-    """t in the wanted format with exactly the strides that ``torch.empty(..., memory_format=...)`` gives, which is what
-    the fake kernels promise: ``.contiguous()`` leaves the strides of size-1 dimensions as they were.
+    """t in the wanted format with exactly the strides that ``torch.empty(..., memory_format=...)`` gives.
+
+    That is what the fake kernels promise; ``.contiguous()`` leaves the strides of size-1 dimensions alone.
 
     t must be a tensor that the caller owns: the result may share its memory.
     """

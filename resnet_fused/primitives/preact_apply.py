@@ -13,7 +13,8 @@ def preact_apply(dz: Tensor, x: Tensor, coefficients: Tensor, dskip: Tensor | No
     """dx = dskip + A*dz + B*(x - mean) + C, rounded once.
 
     Args:
-        dz, x, dskip: [N, C, H, W], one dtype, dense channels_last; dskip is the identity shortcut's gradient, or None.
+        dz, x, dskip: [N, C, H, W], one dtype, dense channels_last; dskip is the identity shortcut's gradient,
+            or None.
         coefficients: acc [4, C] of finalize_backward: A, B, C, mean.
     """
     return dispatch.select("preact_apply", x)(dz, x, coefficients, dskip)

@@ -28,12 +28,14 @@ def preact_conv_dgrad(
 
     Args:
         dy: [N, K, P, Q]; x, dz_in: [N, C, H, W]; one dtype, dense channels_last.
-        weight: [K, C/groups, R, S], any strides; x's dtype, or float32 with half-precision x (rounded when used).
+        weight: [K, C/groups, R, S], any strides; x's dtype, or float32 with half-precision x (rounded when
+            used).
         bn: acc [4, C] of finalize_forward.
         dz_in: another gradient of z, such as the projection shortcut's.
 
     Returns:
-        dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz as rounded.
+        dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz
+        as rounded.
     """
     run = dispatch.select_convolution("preact_conv_dgrad", x, weight, stride, padding, dilation, groups)
     return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups)
@@ -55,8 +57,8 @@ def _fake(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups):
 
 
 define_primitive(
-    "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups) -> (Tensor dz, Tensor sums)",
+    "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor dz, Tensor sums)",
     _kernel,
     _fake,
 )

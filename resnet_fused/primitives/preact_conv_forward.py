@@ -30,14 +30,16 @@ def preact_conv_forward(
     Args:
         x: [N, C, H, W], dense channels_last.
         bn: acc [4, C] of finalize_forward; None: no normalisation and no activation (a plain convolution).
-        weight: [K, C/groups, R, S], any strides; x's dtype, or float32 with half-precision x (rounded when used).
+        weight: [K, C/groups, R, S], any strides; x's dtype, or float32 with half-precision x (rounded when
+            used).
         bias: [K], same dtypes; or None.
         residual: [N, K, P, Q] of x's dtype, dense channels_last, added before the one rounding of y; or None.
         slope: negative slope of the activation, 0 for ReLU.
         stride, padding, dilation: pairs. Padding comes after the activation: a padded pixel is 0.
 
     Returns:
-        y [N, K, P, Q] in x's dtype, dense channels_last; and stats of y as rounded, acc [2, K], or [0] if not wanted.
+        y [N, K, P, Q] in x's dtype, dense channels_last; and stats of y as rounded, acc [2, K], or [0] if not
+        wanted.
     """
     run = dispatch.select_convolution("preact_conv_forward", x, weight, stride, padding, dilation, groups)
     return run(x, bn, weight, bias, residual, slope, stride, padding, dilation, groups, want_stats)
@@ -56,8 +58,9 @@ def _fake(x, bn, weight, bias, residual, slope, stride, padding, dilation, group
 
 
 define_primitive(
-    "preact_conv_forward(Tensor x, Tensor? bn, Tensor weight, Tensor? bias, Tensor? residual, float slope, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups, bool want_stats) -> (Tensor y, Tensor stats)",
+    "preact_conv_forward(Tensor x, Tensor? bn, Tensor weight, Tensor? bias, Tensor? residual, float slope, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool want_stats) "
+    "-> (Tensor y, Tensor stats)",
     _kernel,
     _fake,
 )

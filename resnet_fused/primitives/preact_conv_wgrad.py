@@ -32,7 +32,8 @@ def preact_conv_wgrad(
         weight: read for its shape, dtype and strides only.
 
     Returns:
-        dweight in the weight's dtype and memory format, and dbias [K] ([0] if not wanted) in the weight's dtype.
+        dweight in the weight's dtype and memory format, and dbias [K] ([0] if not wanted) in the weight's
+        dtype.
     """
     run = dispatch.select_convolution("preact_conv_wgrad", x, weight, stride, padding, dilation, groups)
     return run(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias)
@@ -43,8 +44,8 @@ def _fake(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias
 
 
 define_primitive(
-    "preact_conv_wgrad(Tensor dy, Tensor x, Tensor? bn, Tensor weight, float slope, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, bool want_bias) -> (Tensor dweight, Tensor dbias)",
+    "preact_conv_wgrad(Tensor dy, Tensor x, Tensor? bn, Tensor weight, float slope, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, bool want_bias) -> (Tensor dweight, Tensor dbias)",
     lambda dy, x, *rest: preact_conv_wgrad(channels_last(dy), channels_last(x), *rest),
     _fake,
 )

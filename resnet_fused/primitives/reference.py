@@ -1,7 +1,7 @@
-"""Every primitive in plain PyTorch: the oracle of the tests (given float64) and the backend that takes every case.
+"""Every primitive in plain PyTorch: the oracle of the tests (given float64), and a backend for every case.
 
-Arithmetic is in the accumulation dtype (float32, or float64 for float64), and each output is rounded once to the
-activation dtype. Argument names and shapes: see the file of each primitive.
+Arithmetic is in the accumulation dtype (float32, or float64 for float64), and each output is rounded once to
+the activation dtype. Argument names and shapes: see the file of each primitive.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _activation(z: Tensor, slope: float) -> Tensor:
 
 
 def _activated(x: Tensor, bn: Tensor | None, slope: float) -> Tensor:
-    """The activation as the convolution reads it: rounded to the activation dtype, then widened to the accumulation dtype."""
+    """The activation as the convolution reads it: rounded to x's dtype, then widened to the acc dtype."""
     acc = acc_dtype(x.dtype)
     return x.to(acc) if bn is None else _activation(_pre_activation(x, bn), slope).to(x.dtype).to(acc)
 
@@ -42,11 +42,13 @@ def channel_stats(x: Tensor) -> Tensor:
         return torch.zeros(2, x.shape[1], dtype=acc, device=x.device)
     xa, count = x.to(acc), x.numel() // x.shape[1]
     mean = xa.mean((0, 2, 3))
-    # Corrected two-pass (Chan, Golub & LeVeque 1983, eq. 1.7): the second term removes the rounding error of the mean.
+    # Corrected two-pass (Chan, Golub & LeVeque 1983, eq. 1.7): residue removes the mean's rounding error.
     deviation = xa - mean.view(_PER_CHANNEL)
     residue = deviation.sum((0, 2, 3))
-    m2 = deviation.square().sum((0, 2, 3)) - residue.square() / count
-    return torch.stack((mean + residue / count, m2.clamp_min(0)))
+    m2 = deviation.square().sum((0, 2, 3))
+    # Where the squares overflow, the correction may too, and inf - inf is no number.
+    m2 = torch.where(m2.isinf(), m2, (m2 - residue.square() / count).clamp_min(0))
+    return torch.stack((mean + residue / count, m2))
 
 
 def finalize_forward(

@@ -1,13 +1,17 @@
-"""How an operator gets into the dispatcher: its schema is defined once, here are the ways to attach kernels to it."""
+"""How an operator gets into PyTorch's dispatcher, and its kernels to it."""
 
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "resnet_fused"
 
 #: Holds every registration of this package; registrations live as long as it does.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+_kernels: dict[torch._ops.OpOverload, Callable] = {}
+_autograd_kernels: dict[torch._ops.OpOverload, Callable] = {}
 
 _AUTOCAST = {
     device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
@@ -21,7 +25,40 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if not op._schema.is_mutable:  # the dispatcher counts the versions of what an operator changes
+        _kernels[op] = kernel
+    return op
+
+
+def _is_ordinary(x: torch.Tensor) -> bool:
+    """Whether the dispatcher has nothing to do for an operator on x but to pass from autograd to kernel."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not (
+        x.is_meta or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    )
+
+
+# Converting twenty arguments for the dispatcher and back takes longer than all of a kernel's own Python,
+# twice per operator, and deep nets have a thousand operators. So it is left out where it has nothing to do.
+
+
+def call(op: torch._ops.OpOverload, *args):
+    """op(*args), for the differentiable operators."""
+    x = args[0]
+    if torch.compiler.is_compiling() or not _is_ordinary(x) or torch.is_autocast_enabled(x.device.type):
+        return op(*args)
+    return _autograd_kernels[op](*args)
+
+
+def below_autograd(op: torch._ops.OpOverload, *args):
+    """op(*args) without a derivative."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernels.get(op, op)(*args) if _is_ordinary(args[0]) else op(*args)
+
+
+def call_in_backward(op: torch._ops.OpOverload, *args):
+    """op(*args) inside of a backward: with a derivative if the graph is being kept for one (create_graph)."""
+    return op(*args) if torch.is_grad_enabled() else below_autograd(op, *args)
 
 
 def without_autocast(device_type: str):
@@ -35,21 +72,18 @@ def autocast_kernel(op: torch._ops.OpOverload, make: Callable[[str], Callable]) 
         LIBRARY.impl(op._schema.name.partition("::")[2], make(device_type), f"Autocast{device_type.upper()}")
 
 
-def autograd_kernel(op: torch._ops.OpOverload, kernel: Callable) -> None:
-    """Attach kernel to op's autograd key."""
-    LIBRARY.impl(op._schema.name.partition("::")[2], kernel, "Autograd")
-
-
 def differentiable(op: torch._ops.OpOverload, apply: Callable) -> None:
-    """Give op a derivative: ``apply`` (an autograd.Function's, with op's own arguments) runs where a gradient is needed."""
+    """Give op a derivative: apply, an autograd.Function's with op's arguments, runs where one is needed."""
 
     def kernel(*args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        if forward_ad._current_level >= 0:
+            return apply(*args)  # raises if an argument has a tangent: there is no formula for it
+        return below_autograd(op, *args)
 
-    autograd_kernel(op, kernel)
+    LIBRARY.impl(op._schema.name.partition("::")[2], kernel, "Autograd")
+    _autograd_kernels[op] = kernel
 
 
 def keep_dtypes(op: torch._ops.OpOverload) -> None:
@@ -69,8 +103,7 @@ class _NotDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, *args):
         ctx.name = op.name()
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return below_autograd(op, *args)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -81,7 +114,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
 
 def define_primitive(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """:func:`define` for a primitive: not differentiable (backward through it raises), and left alone by autocast."""
+    """:func:`define` for a primitive: backward through it raises, and autocast leaves it alone."""
     op = define(schema, kernel, fake)
     differentiable(op, lambda *args: _NotDifferentiable.apply(op, *args))
     keep_dtypes(op)

@@ -1,6 +1,7 @@
 """residual_add: the addition of a residual unit, with its scaling variants and the statistics of the sum.
 
-The primitive and the forward of the differentiable operator are one operator, so its schema is in ops/residual_add.py.
+The primitive and the forward of the differentiable operator are one operator, so its schema is in
+ops/residual_add.py.
 """
 
 from torch import Tensor
@@ -23,7 +24,8 @@ def residual_add(
     """out = act(x + alpha * gate[n, c] * (affine[0, c] * y + affine[1, c])), rounded once.
 
     Args:
-        x, y: [N, C, H, W], one dtype. The kernels take dense channels_last; other layouts are served by the reference.
+        x, y: [N, C, H, W], one dtype. The kernels take dense channels_last; other layouts are served by the
+            reference.
         affine: acc [2, C], or None for the identity.
         gate: acc [N, C] or [N, 1], or None for 1.
         slope: negative slope of act, or None for no activation.

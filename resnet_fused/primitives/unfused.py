@@ -1,7 +1,8 @@
 """The convolution primitives out of an elementwise primitive and the framework's own convolution.
 
-It serves what the fused kernels decline (groups, half precision, devices without kernels) and the shapes at which the
-framework's convolution was measured to win. Argument names and shapes: see the file of each primitive.
+It serves what the fused kernels decline (groups, half precision, devices without kernels) and the shapes at
+which the framework's convolution was measured to win. Argument names and shapes: see the file of each
+primitive.
 """
 
 import torch
@@ -33,7 +34,8 @@ def preact_conv_forward(x, bn, weight, bias, residual, slope, stride, padding, d
     )
     y = canonical(y, True)
     if residual is not None:
-        return residual_add(y, residual, None, None, 1.0, None, want_stats)
+        y, stats = residual_add(y, residual, None, None, 1.0, None, want_stats)
+        return canonical(y, True), stats
     if want_stats:
         return y, channel_stats(y)
     return y, torch.empty(0, dtype=acc_dtype(x.dtype), device=x.device)

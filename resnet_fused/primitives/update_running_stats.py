@@ -26,7 +26,8 @@ def update_running_stats(
 
 
 _OP = define_primitive(
-    "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, float momentum) -> ()",
+    "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, "
+    "float momentum) -> ()",
     update_running_stats,
     lambda running_mean, running_var, stats, count, momentum: None,
 )

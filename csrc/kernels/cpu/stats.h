@@ -60,6 +60,9 @@ RF_INLINE void sum_tile(const T* x, int64_t stride, int64_t rows, const B& block
   }
 }
 
+// An infinite mean as a centre would make every deviation NaN, and the mean with it.
+template <typename V> RF_INLINE V finite_or_zero(V value) { return select<V>(value - value == V{}, value, V{}); }
+
 // Adds a tile to a block's slots. `x` is its first channel, in L1; `count` is what the slots hold before.
 template <typename T, typename B>
 void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* center_slots, Acc<T>* sum_slots,
@@ -68,21 +71,20 @@ void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* c
   typedef Vec<A> V;
   constexpr int N = B::kCount;
   const A n = static_cast<A>(rows);
-  const V inverse = splat<A>(A(1) / n);
-  V center[N], sum[N], mean[N], m2[N];
+  // sum / n to the last bit: in a constant channel every mean below must be exact, or M2 would not be 0.
+  const auto over_n = [n, rows](V value) { return rows == kTileRows ? value * splat<A>(A(1) / kTileRows) : value / splat<A>(n); };
+  V center[N], sum[N], offset[N], mean[N], m2[N];
   if (count == 0) {
     sum_tile(x, stride, rows, block, sum, [](V value, int) { return value; });
-    for (int v = 0; v < N; ++v) {
-      center[v] = sum[v] * inverse;
-      // An infinite mean stays one instead of becoming NaN.
-      center[v] = select<V>(center[v] - center[v] == V{}, center[v], V{});
-    }
-    block.store_slots(center_slots, center);
+    for (int v = 0; v < N; ++v) center[v] = finite_or_zero(over_n(sum[v]));
   } else {
     block.load_slots(center_slots, center);
   }
   sum_tile(x, stride, rows, block, sum, [&](V value, int v) { return value - center[v]; });
-  for (int v = 0; v < N; ++v) mean[v] = center[v] + sum[v] * inverse;
+  for (int v = 0; v < N; ++v) {
+    offset[v] = over_n(sum[v]);
+    mean[v] = center[v] + offset[v];
+  }
   sum_tile(x, stride, rows, block, m2, [&](V value, int v) {
     const V deviation = value - mean[v];
     return deviation * deviation;
@@ -93,20 +95,24 @@ void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* c
     block.load_slots(m2_slots, old_m2);
   }
   for (int v = 0; v < N; ++v) {
-    // The deviations were taken from the rounded mean: take n times the square of its error away.
-    const V offset = sum[v] * inverse;
-    const V error = offset - (mean[v] - center[v]);
+    // The deviations were taken from the rounded mean: take n times the square of its error away. Not below 0; and where
+    // both overflowed, M2 is infinite as the variance is.
+    const V error = offset[v] - (mean[v] - center[v]);
     const V corrected = m2[v] - error * error * splat<A>(n);
-    // Not below 0; and where both overflowed, infinite as the variance is.
     m2[v] = select<V>(corrected >= V{}, corrected, select<V>(corrected < V{}, V{}, m2[v]));
     if (count > 0) {
       // Chan, Golub and LeVeque 1979, with the sums kept instead of the means: an infinite sum then stays one.
       const A before = static_cast<A>(count);
-      const V delta = offset - old_sum[v] * splat<A>(A(1) / before);
+      const V delta = offset[v] - old_sum[v] * splat<A>(A(1) / before);
       m2[v] += old_m2[v] + delta * delta * splat<A>(before * n / (before + n));
       sum[v] += old_sum[v];
+    } else {
+      // The centre of the tiles that follow is this tile's mean, more exact than the first sum was.
+      center[v] = finite_or_zero(mean[v]);
+      sum[v] = select<V>(center[v] == mean[v], error * splat<A>(n), sum[v]);
     }
   }
+  if (count == 0) block.store_slots(center_slots, center);
   block.store_slots(sum_slots, sum);
   block.store_slots(m2_slots, m2);
 }

@@ -1,0 +1,1 @@
+"""Measurements of whole nets: ``resnet-fused bench``."""

@@ -1,0 +1,173 @@
+"""Does a fused training step compute what the plain net computes? Asked before anything is timed.
+
+The project's trust rule: against a float64 run of the plain net, error(fused) <= 2 x error(plain net, same
+dtype) + 2 ulp. A deep net amplifies every rounding, so single elements say nothing; the rule is applied to
+the Euclidean norm of each quantity: the losses of the images, the gradient of each parameter, the running
+statistics of each norm.
+
+The losses and the running statistics depend continuously on every rounding. The gradients do not: the
+derivative of ReLU jumps at 0, and where a pre-activation is nearer to 0 than it is exact, its sign is a
+matter of luck. In float32 that happens to a handful of the millions of pre-activations of a step, in one run
+and not in another: a single one moves the gradient of its channel by some 1e-3 while everything else agrees
+to 1e-6. So the effect of the signs in doubt is measured on the plain net (:func:`signs_in_doubt`) and counts
+as error of the plain run. In bfloat16 thousands of signs differ in every run, and the plain run's own error
+shows what they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .training_step import CONTENDERS, DTYPES, TrainingStep
+
+__all__ = ["Accuracy", "compare", "verify"]
+
+# A pre-activation is in doubt if it is nearer to 0 than this many times the root mean square error of its
+# layer.
+_DOUBT = 4.0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of :func:`compare`: the quantity that comes nearest to what is allowed, or goes furthest
+    beyond."""
+
+    quantity: str
+    error: float    # of the fused net, relative to the norm of the quantity
+    plain: float    # of the plain net in the same dtype, likewise
+    used: float     # error of the fused net / what is allowed: at most 1 if all is well; NaN is not well
+    failed: int     # quantities beyond
+    compared: int
+
+    @property
+    def ok(self) -> bool:
+        return self.failed == 0
+
+    def __str__(self) -> str:
+        worst = f"{self.quantity}, {self.used:.2f} of the allowed error"
+        if self.ok:
+            return f"verified, worst of {self.compared}: {worst}"
+        return (f"WRONG, {self.failed} of {self.compared} quantities, worst: {worst} "
+                f"({self.error:.1e}, the plain net has {self.plain:.1e})")
+
+
+def compare(exact: Mapping[str, Tensor], fused: Mapping[str, Tensor], plains: Iterable[Mapping[str, Tensor]],
+            dtype: torch.dtype, doubt: Mapping[str, float] | None = None) -> Accuracy:
+    """Apply the trust rule to each quantity.
+
+    Args: exact: of the plain net in float64. fused: of the fused net. plains: of the plain net in the dtype
+        of the fused one. Of several, say one per memory format, the greatest
+            error counts: a single run's error is itself a matter of luck.
+        dtype: gives the ulp: 2 * eps * norm is allowed on top.
+        doubt: of :func:`signs_in_doubt`, added to the plain net's error; absent: 0.
+    """
+    plains = list(plains)
+    if any(set(other) != set(exact) for other in (fused, *plains)):
+        raise ValueError("the nets do not have the same parameters and buffers")
+    worst, failed = None, 0
+    for name, value in exact.items():
+        norm = float(value.norm())
+        error = float((fused[name] - value).norm())
+        plain = max(float((other[name] - value).norm()) for other in plains) + (doubt or {}).get(name, 0.0)
+        allowed = 2 * plain + 2 * torch.finfo(dtype).eps * norm
+        used = error / allowed if allowed > 0 else (0.0 if error == 0 else math.inf)
+        failed += not used <= 1  # also if NaN
+        if worst is None or not used <= worst.used:
+            scale = norm if norm > 0 else 1.0
+            worst = Accuracy(name, error / scale, plain / scale, used, 0, 0)
+    return Accuracy(worst.quantity, worst.error, worst.plain, worst.used, failed, len(exact))
+
+
+def verify(model: str, images: Tensor, labels: Tensor, dtypes: Iterable[str]) -> dict[str, Accuracy]:
+    """Compare the fused net with the plain one, from the same weights and on the same batch, in each of
+    ``dtypes``."""
+    nchw, channels_last, fused = CONTENDERS
+    pre_activations: list[Tensor] = []  # as float32: exact where it matters, near 0
+    reference = TrainingStep(nchw, model, images.double(), labels, autocast=False)
+    reference.model.double()
+    with _EveryRelu(lambda index, z: pre_activations.append(z.detach().float()) or F.relu(z)):
+        losses = reference.losses()
+    exact = _quantities(reference, losses)
+    del reference, losses
+
+    results = {}
+    for dtype in dtypes:
+        def step(contender):
+            return TrainingStep(contender, model, images, labels, autocast=dtype == "bf16")
+
+        doubt = None if dtype == "bf16" else signs_in_doubt(step(channels_last), pre_activations)
+        plains = [_run(step(nchw)), _run(step(channels_last))]
+        results[dtype] = compare(exact, _run(step(fused)), plains, DTYPES[dtype], doubt)
+    return results
+
+
+def signs_in_doubt(step: TrainingStep, exact: list[Tensor]) -> dict[str, float]:
+    """By how much the gradients of a plain net change (Euclidean norm of each) if the derivative of every
+    ReLU is reversed wherever the sign of its input is not certain.
+
+    Args:
+        step: the plain net, float32.
+        exact: the inputs of its ReLUs as a float64 run has computed them, in order.
+    """
+    reverse = False
+
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z: Tensor, certain: float) -> Tensor:
+            ctx.save_for_backward(z > 0, z.abs() < certain)
+            return torch.relu(z)
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+            positive, doubtful = ctx.saved_tensors
+            return gradient * (positive ^ doubtful if reverse else positive), None
+
+    def relu(index: int, z: Tensor) -> Tensor:
+        error = (z.detach() - exact[index]).square().mean().sqrt()
+        return Relu.apply(z, _DOUBT * float(error))
+
+    with _EveryRelu(relu):
+        losses = step.losses()
+    ordinary = _quantities(step, losses, retain_graph=True)
+    reverse = True
+    reversed_ = _quantities(step, losses)
+    return {name: float((reversed_[name] - value).norm()) for name, value in ordinary.items()}
+
+
+class _EveryRelu(TorchFunctionMode):
+    """Calls ``replacement(index, z)`` in place of ``relu(z)``; index counts the calls."""
+
+    def __init__(self, replacement: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._replacement = replacement
+        self._calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in (F.relu, torch.relu):
+            return function(*args, **(kwargs or {}))
+        self._calls += 1
+        return self._replacement(self._calls - 1, args[0])
+
+
+def _run(step: TrainingStep) -> dict[str, Tensor]:
+    return _quantities(step, step.losses())
+
+
+def _quantities(step: TrainingStep, losses: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+    """What a step computes, in float64: losses, gradients and running statistics."""
+    step.optimizer.zero_grad(set_to_none=True)
+    losses.mean().backward(retain_graph=retain_graph)
+    quantities = {"losses": losses.detach()}
+    for name, parameter in step.model.named_parameters():
+        quantities[f"gradient of {name}"] = parameter.grad
+    for name, buffer in step.model.named_buffers():
+        if buffer.is_floating_point():
+            quantities[name] = buffer
+    return {name: value.double() for name, value in quantities.items()}

@@ -1,0 +1,143 @@
+"""Memory of a training step, by three measures, each in a process of its own.
+
+* saved: bytes of the tensors that autograd holds from forward to backward: the activations proper.
+* peak: the most bytes that tensors take at any moment of forward and backward, temporaries included.
+* resident: by how much the process grows (resident set) while it trains: what the system really has to give.
+
+None counts parameters, gradients, the optimizer's state or the batch: all are there before counting begins.
+
+The first two count tensors and come out the same on every machine. They are taken with
+RESNET_FUSED_CPU_POOL_MB=0, which lets our kernels take every output from PyTorch's allocator, whose events
+the profiler sees; the pool that they use otherwise does not pass there. The third is taken as the net runs
+otherwise, pool included, and so also shows what allocators keep, what libraries hold for themselves, and the
+code that they generate at the first call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..training.errors import UserError
+from ..training.memory import peak_allocated_bytes, saved_activation_bytes
+from .training_step import TrainingStep, contender_by_key, synthetic_batch
+
+__all__ = ["StepMemory", "measure_memory"]
+
+_STEPS = 3
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one contender's step; ``resident`` is None where the system does not tell."""
+
+    saved: int
+    peak: int
+    resident: int | None
+
+
+def measure_memory(model: str, dtype: str, contenders: Iterable[str], batch_size: int,
+                   threads: int) -> dict[str, StepMemory]:
+    """Memory of a step of each of ``contenders`` (keys).
+
+    Raises:
+        UserError: a process that measures did not come to its end, as when the machine has too little memory.
+    """
+    contenders = list(contenders)
+    counted = _worker("tensors", model, dtype, contenders, batch_size, threads, RESNET_FUSED_CPU_POOL_MB="0")
+    return {key: StepMemory(*counted[key], _worker("resident", model, dtype, [key], batch_size, threads)[key])
+            for key in contenders}
+
+
+def _worker(measure: str, model: str, dtype: str, contenders: list[str], batch_size: int, threads: int,
+            **environment: str) -> dict:
+    command = [sys.executable, "-m", __name__, measure, "--model", model, "--dtype", dtype,
+               "--batch-size", str(batch_size), "--threads", str(threads), "--contenders", *contenders]
+    # First of all the package that runs here, so that no other one is measured.
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment})
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise UserError(f"the memory of {model} ({', '.join(contenders)}, {dtype}) could not be measured: "
+                        f"{reason}; --no-memory leaves this out")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _tensor_bytes(step: TrainingStep) -> tuple[int, int]:
+    """saved, peak."""
+    def forward_backward() -> None:
+        step.forward().backward()
+
+    forward_backward()  # the gradients stay: they are there from now on, as is what is made at a first call
+    saved = saved_activation_bytes(step.forward, step.model, (step.images, step.labels))
+    return saved, peak_allocated_bytes(forward_backward)
+
+
+def _proc_status(field: str) -> int | None:
+    """A size in /proc/self/status, in bytes; None where there is no such thing."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def _resident_growth(step: TrainingStep, small: TrainingStep) -> int | None:
+    """Growth of the peak resident set over some steps, after steps with two images that load code and make
+    the state of the optimizer. The two share a model."""
+    for _ in range(2):
+        small()
+    small.forward().backward()  # leaves gradients behind, so that they are in the baseline
+    if hasattr(torch.ops.resnet_fused_cpu, "pool_clear"):
+        torch.ops.resnet_fused_cpu.pool_clear()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # free memory in the baseline would hide as much of the growth
+    except (OSError, AttributeError):
+        pass
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS; Linux >= 4.0
+    except OSError:
+        pass
+    before = _proc_status("VmRSS")
+    for _ in range(_STEPS):
+        step()
+    peak = _proc_status("VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="step_memory", description=__doc__)
+    parser.add_argument("measure", choices=["tensors", "resident"])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--contenders", nargs="+", required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {}
+    for key in arguments.contenders:
+        images, labels = synthetic_batch(arguments.batch_size)
+        step = TrainingStep(contender_by_key(key), arguments.model, images, labels, arguments.dtype == "bf16")
+        if arguments.measure == "tensors":
+            results[key] = _tensor_bytes(step)
+        else:
+            results[key] = _resident_growth(step, step.with_batch(step.images[:2], labels[:2]))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main()

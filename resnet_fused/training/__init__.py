@@ -1,0 +1,1 @@
+"""Training and evaluation: data sets, augmentation, schedules, checkpoints, the loop, the demo."""

@@ -1,0 +1,82 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import extension
+
+
+def cpu_levels() -> tuple[str, ...]:
+    return extension.cpu_levels() if extension.cpu_available() else ()
+
+
+#: Every backend that can run here, the C++ one at every SIMD level.
+BACKENDS = ["reference", "unfused", *(f"cpu-{level}" for level in cpu_levels())]
+
+_LEVELS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+
+
+class backend_in_force:
+    """use_backend, and for "cpu-<level>" the SIMD level too."""
+
+    def __init__(self, name: str):
+        self.backend, _, self.level = name.partition("-")
+
+    def __enter__(self):
+        self.previous = rf.use_backend(self.backend)
+        if self.level:
+            number = _LEVELS[self.level]
+            assert torch.ops.resnet_fused_cpu.set_simd_level(number) == number
+
+    def __exit__(self, *exc):
+        self.previous.__exit__(*exc)
+        if self.level:
+            torch.ops.resnet_fused_cpu.set_simd_level(-1)
+
+
+def on_every_backend(check):
+    """Call check(backend) under every backend and report all that fail, by name. One test for all of them, so
+    that what they are compared with is computed once."""
+    failures = []
+    for name in BACKENDS:
+        with backend_in_force(name):
+            try:
+                check(name)
+            except (AssertionError, RuntimeError) as error:
+                failures.append(f"{name}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The test runs once under every backend."""
+    with backend_in_force(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; it is put back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """For many tiny tensors: the threads' barriers would take more time than the work, and much more on a
+    busy machine.
+    """
+    threads(1)
+
+
+@pytest.fixture
+def cpu_library():
+    if not extension.cpu_available():
+        pytest.skip(f"the C++ library was not loaded: {extension.failures.get('cpu')}")
