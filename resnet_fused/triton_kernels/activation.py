@@ -1,0 +1,44 @@
+"""BatchNorm and activation inside a kernel, and the derivative's mask."""
+
+import triton
+import triton.language as tl
+
+#: Values of the constexpr ACTIVATION.
+NONE, RELU, LEAKY = 0, 1, 2
+
+
+def kind(bn, slope: float) -> int:
+    """The constexpr ACTIVATION for a bn that may be None and a negative slope."""
+    return NONE if bn is None else RELU if slope == 0 else LEAKY
+
+
+@triton.jit
+def pre_activation(x, scale, shift):
+    """z = fma(x, scale, shift) in float32. One expression for forward and backward: the mask must not flip in
+    between."""
+    return tl.fma(x.to(tl.float32), tl.broadcast_to(scale, x.shape), tl.broadcast_to(shift, x.shape))
+
+
+@triton.jit
+def activate(x, scale, shift, slope, ACTIVATION: tl.constexpr):
+    """act(x * scale + shift) rounded to x's dtype; NaN stays NaN. scale and shift broadcast to x's shape."""
+    if ACTIVATION == 0:
+        a = x
+    else:
+        z = pre_activation(x, scale, shift)
+        if ACTIVATION == 1:
+            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            z = tl.where(z > 0, z, z * slope)
+        a = z.to(x.dtype)
+    return a
+
+
+@triton.jit
+def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
+    """da * act'(z), act'(z) = 1 where z > 0, else slope."""
+    if ACTIVATION == 1:
+        d = tl.where(z > 0, da, 0.0)
+    else:
+        d = tl.where(z > 0, da, da * slope)
+    return d

@@ -1,0 +1,149 @@
+"""Tile configurations: which one a problem gets. A pure look-up: nothing is compiled or timed here.
+
+The shipped defaults are data, ``default_configs.json``::
+
+    {"sm_90": {"preact_conv_forward": {"16bit": {"tiled": {"64": [[128, 64, 64, 4, 4]]}}}}}
+
+    architecture -> primitive -> precision ("16bit", "tf32", "ieee") -> kind of kernel -> class of columns ->
+    configurations, each [rows, columns, depth, num_warps, num_stages, programs]
+
+*rows* and *columns* are the output tile, *depth* the reduction step; ``programs`` (1 if not given) are those
+per multiprocessor of a kernel that loops over tiles, or, for split reductions, how many programs per
+multiprocessor the splits should give. A class holds problems with up to that many columns (the largest class
+the rest), its configurations from the largest tile down: the first one that fills the chip is taken. A depth
+beyond the problem's is cut to the next power of two.
+
+A kind ``<kind>-unaligned`` holds the tiles of channel counts whose rows cannot be read 16 bytes at a time:
+those go through registers one value at a time, so the tiles are smaller.
+
+Measured choices come first: :func:`use_measured` takes the function that looks them up (the tuning cache's).
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .geometry import ceil_div, next_power_of_two
+from .launch import Target
+
+#: The shortest reduction step that the matrix units of every supported chip take.
+MIN_DEPTH = 16
+#: A configuration fills the chip if it gives this share of the multiprocessors a tile.
+_FULL = 0.75
+
+
+class Config(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options for a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Problem(NamedTuple):
+    """What a choice depends on: the key of a measured one."""
+
+    arch: str
+    primitive: str
+    precision: str
+    kind: str
+    rows: int
+    columns: int
+    depth: int
+    aligned: bool
+
+
+@functools.lru_cache(maxsize=1)
+def shipped() -> dict:
+    """The shipped defaults as in the file, with every configuration a :class:`Config`."""
+    table = json.loads((Path(__file__).parent / "default_configs.json").read_text())
+    return {
+        arch: {
+            primitive: {
+                precision: {
+                    kind: {int(columns): [Config(*c) for c in rows] for columns, rows in classes.items()}
+                    for kind, classes in kinds.items()
+                }
+                for precision, kinds in precisions.items()
+            }
+            for primitive, precisions in primitives.items()
+        }
+        for arch, primitives in table.items()
+    }
+
+
+def architecture(arch: int) -> str:
+    """The shipped architecture whose defaults serve a compute capability: the nearest one below."""
+    known = sorted(int(name.removeprefix("sm_")) for name in shipped())
+    return f"sm_{max((a for a in known if a <= arch), default=known[0])}"
+
+
+def aligned(precision: str, *channels: int) -> bool:
+    """Whether pixels of these channel counts start at multiples of 16 bytes."""
+    return not any(n % (8 if precision == "16bit" else 4) for n in channels)
+
+
+_measured: Callable[[Problem], Config | None] | None = None
+
+
+def use_measured(look_up: Callable[[Problem], Config | None] | None) -> None:
+    """Ask look_up before the shipped defaults; None: not any more. It must be quick and must not measure.
+    Plans already made keep their configuration."""
+    global _measured
+    _measured = look_up
+
+
+def candidates(
+    on: Target, primitive: str, precision: str, kind: str, *, columns: int, depth: int, aligned: bool = True
+) -> list[Config]:
+    """The configurations of a problem's class, from the largest tile down: what a tuner would time."""
+    kinds = shipped()[architecture(on.arch)].get(primitive, {}).get(precision, {})
+    classes = kinds.get(kind, {}) if aligned else kinds.get(f"{kind}-unaligned", {})
+    if not classes:
+        return []
+    group = min((c for c in classes if c >= columns), default=max(classes))
+    longest = max(MIN_DEPTH, next_power_of_two(depth))
+    found = [c._replace(depth=min(c.depth, longest)) for c in classes[group]]
+    if kind == "persistent":  # the whole reduction in one step
+        found = [c for c in found if c.depth >= depth]
+    return list(dict.fromkeys(found))
+
+
+def select(
+    on: Target,
+    primitive: str,
+    precision: str,
+    kind: str,
+    *,
+    rows: int,
+    columns: int,
+    depth: int,
+    aligned: bool = True,
+) -> Config | None:
+    """The configuration of a problem, or None if no kernel of this kind suits it.
+
+    Args:
+        on: the device.
+        kind: of kernel, where a primitive has several.
+        rows, columns, depth: the sizes of the matrix product (or of what the kernel tiles).
+        aligned: see :func:`aligned`.
+    """
+    if _measured is not None:
+        found = _measured(
+            Problem(architecture(on.arch), primitive, precision, kind, rows, columns, depth, aligned)
+        )
+        if found is not None:
+            return found
+    found = candidates(on, primitive, precision, kind, columns=columns, depth=depth, aligned=aligned)
+    for config in found:
+        if ceil_div(rows, config.rows) * ceil_div(columns, config.columns) >= _FULL * on.multiprocessors:
+            return config
+    return found[-1] if found else None

@@ -1,0 +1,273 @@
+"""Every Triton kernel and shipped configuration is compiled for sm_80, sm_90 and sm_100, without a GPU.
+
+A configuration fails if it spills registers to local memory, wants more shared memory than the chip has, or,
+on sm_90 in 16 bits, does not use wgmma. `make test` compiles a part (every kernel on every chip, the largest
+tiles); RESNET_FUSED_COMPILE=all, or `python tests/test_triton_compile.py` which prints a table, compiles
+everything: 3 minutes on 2 cores."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from resnet_fused import triton_kernels
+
+if triton_kernels.unavailable() is not None:
+    pytest.skip(triton_kernels.unavailable(), allow_module_level=True)
+os.environ.setdefault(
+    "TRITON_CACHE_DIR",
+    str(Path(__file__).parents[1] / "build" / f"triton-{os.environ.get('TRITON_INTERPRET', 0)}"),
+)
+
+#: Shared memory a block can have (CUDA C++ Programming Guide, table of compute capabilities), bytes.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+COMPLETE = os.environ.get("RESNET_FUSED_COMPILE") == "all"
+
+
+class Case(NamedTuple):
+    """One plan to compile: its configuration is forced, its shape only decides which constants the kernel is
+    compiled with."""
+
+    arch: int
+    primitive: str
+    precision: str
+    kind: str
+    config: tuple
+    c: int
+    k: int
+    kernel: int
+    stride: int
+    dtype: str
+    extras: bool  # bias, residual or dz_in, a leaky activation
+
+    def __str__(self):
+        tile = "x".join(map(str, self.config))
+        kernel = f"{self.kernel}x{self.kernel}s{self.stride}"
+        extras = "-extras" if self.extras else ""
+        return (
+            f"sm{self.arch}-{self.primitive}-{self.precision}-{self.kind}-{tile}-c{self.c}k{self.k}-{kernel}-"
+            f"{self.dtype}{extras}"
+        )
+
+
+def _shape(primitive, kind, config, classes) -> tuple[int, int]:
+    """(C, K) that fill the tile; off it for a kind that is for such channel counts."""
+    if kind.endswith("unaligned"):
+        return 35, 35
+    if primitive == "preact_conv_forward":
+        return config.depth, config.columns
+    if primitive == "preact_conv_dgrad":
+        return config.columns, config.depth
+    if primitive == "preact_conv_wgrad":
+        return config.rows, config.columns
+    # All output channels are one tile: the widest of the class.
+    return config.columns, max(width for width, members in classes.items() if config in members)
+
+
+def cases(complete: bool) -> list[Case]:
+    from resnet_fused.triton_kernels import configs
+
+    found = []
+    for name, primitives in configs.shipped().items():
+        arch = int(name.removeprefix("sm_"))
+        for primitive, precisions in primitives.items():
+            for precision, kinds in precisions.items():
+                for kind, classes in kinds.items():
+                    members = list(dict.fromkeys(config for row in classes.values() for config in row))
+                    found += _cases_of_kind(complete, arch, primitive, precision, kind, classes, members)
+    return found
+
+
+def _cases_of_kind(complete, arch, primitive, precision, kind, classes, members) -> list[Case]:
+    dtype = "bfloat16" if precision == "16bit" else "float32"
+    kernel = 1 if kind == "persistent" else 3
+    every = [
+        Case(
+            arch, primitive, precision, kind, c, *_shape(primitive, kind, c, classes), kernel, 1, dtype, True
+        )
+        for c in members
+    ]
+    if not complete:
+        # Every kernel on every chip; on sm_90 in 16 bits also its largest tile.
+        if precision != "16bit" and (arch != 90 or kind.endswith("unaligned")):
+            return []
+        largest = max(every, key=lambda case: case.config.rows * case.config.columns)
+        return (
+            [every[-1], largest]
+            if (arch, precision) == (90, "16bit") and largest != every[-1]
+            else every[-1:]
+        )
+    first = every[0]
+    if precision == "16bit" and kernel == 3:
+        # Other geometries, narrow channels, the other dtype without extras.
+        every += [first._replace(stride=2), first._replace(kernel=1), first._replace(kernel=1, stride=2)]
+        every.append(first._replace(dtype="float16", extras=False))
+        if not kind.endswith("unaligned"):
+            every.append(first._replace(c=16, k=16))
+    return every
+
+
+def launches(case: Case):
+    from resnet_fused.triton_kernels import (
+        configs,
+        launch,
+        preact_conv_backward_1x1,
+        preact_conv_dgrad,
+        preact_conv_forward,
+        preact_conv_wgrad,
+    )
+    from resnet_fused.triton_kernels.geometry import Convolution
+
+    on, dtype = launch.Target(case.arch, MULTIPROCESSORS[case.arch]), getattr(torch, case.dtype)
+    pad = case.kernel // 2
+    g = Convolution.of(
+        (64, case.c, 28, 28),
+        (case.k, case.c, case.kernel, case.kernel),
+        (case.stride,) * 2,
+        (pad, pad),
+        (1, 1),
+    )
+    slope = 0.1 if case.extras else 0.0
+    activation = 2 if case.extras else 1
+    configs.use_measured(lambda problem: case.config if problem.kind == case.kind.partition("-")[0] else None)
+    try:
+        if case.primitive == "preact_conv_forward":
+            if g.pointwise and case.kind == "tiled":  # would be the persistent kernel
+                return []
+            bias = dtype if case.extras else None
+            plan = preact_conv_forward.Plan(
+                on, dtype, g, activation, slope, bias, case.extras, True, case.precision
+            )
+        elif case.primitive == "preact_conv_dgrad":
+            plan = preact_conv_dgrad.Plan(on, dtype, g, slope, case.extras, case.precision)
+        elif case.primitive == "preact_conv_wgrad":
+            strides = (g.taps * g.c, g.taps, g.s, 1)
+            plan = preact_conv_wgrad.Plan(
+                on, dtype, g, dtype, strides, activation, slope, case.extras, case.precision
+            )
+        else:
+            plan = preact_conv_backward_1x1.Plan(
+                on, dtype, g, dtype, None, slope, case.extras, case.extras, case.precision
+            )
+    finally:
+        configs.use_measured(None)
+    return plan.launches()
+
+
+class Compiled(NamedTuple):
+    case: Case
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    products: dict[str, int]  # instructions of each matrix unit in the PTX
+    left_in_registers: bool  # wgmma takes its left operand from registers
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (stack frame and spills) per thread."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        out = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out.stdout)
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def compile_case(case: Case) -> list[Compiled]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    rows = []
+    for launch in launches(case):
+        compiled = triton.compile(
+            launch.source(), target=GPUTarget("cuda", case.arch, 32), options=launch.options
+        )
+        registers, stack = resources(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        products = {
+            name: ptx.count(name) for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma") if name in ptx
+        }
+        left = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*\{", ptx) is not None
+        rows.append(
+            Compiled(case, launch.kernel.__name__, registers, stack, compiled.metadata.shared, products, left)
+        )
+    return rows
+
+
+def problems(row: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    found = []
+    if row.stack:
+        found.append(f"spills: {row.stack} bytes of local memory per thread ({row.registers} registers)")
+    if row.shared > SHARED[row.case.arch]:
+        found.append(f"{row.shared} bytes of shared memory, the chip has {SHARED[row.case.arch]}")
+    convolution = row.kernel not in ("merge_stats_kernel", "ordered_sum_kernel", "bias_gradient_kernel")
+    if convolution and row.case.arch == 90 and row.case.precision == "16bit":
+        if "wgmma.mma_async" not in row.products:
+            found.append(f"no wgmma, but {row.products}")
+        elif row.kernel.endswith("forward_kernel") and not row.left_in_registers:
+            found.append("the activation is not in registers")
+    return [f"{row.case} {row.kernel}: {text}" for text in found]
+
+
+def compile_all(chosen: list[Case]):
+    """compile_case over two processes; yields as they finish, in order."""
+    # Kernels of one primitive beside each other, so that a process finds the small ones in the cache.
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_case, chosen)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_compiles_without_spills():
+    chosen = cases(COMPLETE)
+    kernels, found = set(), []
+    for rows in compile_all(chosen):
+        for row in rows:
+            kernels.add((row.case.arch, row.kernel))
+            found += problems(row)
+    assert not found, "\n".join(found)
+    expected = {
+        "conv_forward_kernel",
+        "pointwise_forward_kernel",
+        "conv_dgrad_kernel",
+        "conv_wgrad_kernel",
+        "backward_1x1_kernel",
+        "merge_stats_kernel",
+        "ordered_sum_kernel",
+        "bias_gradient_kernel",
+    }
+    assert kernels >= {(arch, kernel) for arch in SHARED for kernel in expected}
+
+
+if __name__ == "__main__":
+    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    bad = 0
+    for rows in compile_all([case for case in cases(True) if part in str(case)]):
+        for row in rows:
+            if row.kernel in ("merge_stats_kernel", "ordered_sum_kernel", "bias_gradient_kernel"):
+                continue
+            wrong = problems(row)
+            bad += len(wrong)
+            print(
+                f"{row.case} {row.kernel}: {row.registers} registers, {row.shared // 1024} KB shared, "
+                f"{row.products}"
+                f"{' left operand in registers' if row.left_in_registers else ''}"
+                f"{' WRONG: ' + '; '.join(wrong) if wrong else ''}",
+                flush=True,
+            )
+    sys.exit(bool(bad))
