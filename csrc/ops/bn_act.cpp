@@ -1,4 +1,5 @@
-// The elementwise part of the unfused path: a = act(x*scale + shift), and its backward with BN's two reductions.
+// The elementwise part of the unfused path: a = act(x*scale + shift), and its backward with BN's two
+// reductions.
 #include "tensor.h"
 
 namespace resnet_fused {

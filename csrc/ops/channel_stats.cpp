@@ -8,7 +8,8 @@ Tensor channel_stats(const Tensor& x) {
   const Activation input = check_activation(x, "input");
   if (input.numel() == 0) return zeros_matrix(2, input.c, acc_dtype(input.dtype));
   const Tensor stats = empty_matrix(2, input.c, acc_dtype(input.dtype));
-  const ChannelStatsParams params{input.pixels(), input.c, input.data, stats.mutable_data_ptr(), torch_parallel()};
+  const ChannelStatsParams params{input.pixels(), input.c, input.data, stats.mutable_data_ptr(),
+                                  torch_parallel()};
   cpu_kernels().channel_stats[index_of(input.dtype)](params);
   return stats;
 }

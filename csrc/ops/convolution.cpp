@@ -49,8 +49,8 @@ ConvGeometry check_convolution(const Activation& x, const Tensor& weight, const 
   g.p = conv_output_size(g.h, g.r, g.stride_h, g.pad_h, g.dilation_h);
   g.q = conv_output_size(g.w, g.s, g.stride_w, g.pad_w, g.dilation_w);
   RF_CHECK(g.p > 0 && g.q > 0, "Calculated padded input size per channel: (", g.h + 2 * g.pad_h, " x ",
-           g.w + 2 * g.pad_w, "). Kernel size: (", g.dilation_h * (g.r - 1) + 1, " x ", g.dilation_w * (g.s - 1) + 1,
-           "). Kernel size can't be greater than actual input size");
+           g.w + 2 * g.pad_w, "). Kernel size: (", g.dilation_h * (g.r - 1) + 1, " x ",
+           g.dilation_w * (g.s - 1) + 1, "). Kernel size can't be greater than actual input size");
   return g;
 }
 

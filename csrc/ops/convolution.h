@@ -13,7 +13,8 @@ struct ConvolutionOptions {
 };
 
 // Geometry of a convolution of `input` with `weight`; raises where they do not fit.
-ConvGeometry check_convolution(const Activation& input, const Tensor& weight, const ConvolutionOptions& options);
+ConvGeometry check_convolution(const Activation& input, const Tensor& weight,
+                               const ConvolutionOptions& options);
 // Strides and dtype of a checked weight.
 WeightLayout weight_layout(const Tensor& weight, DType activation);
 // dtype of a weight or bias: the activation dtype, or acc.

@@ -1,5 +1,6 @@
-// The per-channel steps between the passes: statistics -> BN's scale and shift, reductions -> the coefficients of dx, and
-// the running statistics. [C] each: scalar code, in double, so that only the results are rounded.
+// The per-channel steps between the passes: statistics -> BN's scale and shift, reductions -> the
+// coefficients of dx, and the running statistics. [C] each: scalar code, in double, so that only the results
+// are rounded.
 #include <cmath>
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,15 +13,15 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-template <typename T>
-double read_as(const void* data, int64_t i) {
+template <typename T> double read_as(const void* data, int64_t i) {
   return static_cast<double>(static_cast<const T*>(data)[i]);
 }
-template <typename T>
-void write_as(void* data, int64_t i, double value) {
+template <typename T> void write_as(void* data, int64_t i, double value) {
   // float in between for the 16-bit types: their constructors take nothing wider.
-  if constexpr (sizeof(T) == 2) static_cast<T*>(data)[i] = static_cast<T>(static_cast<float>(value));
-  else static_cast<T*>(data)[i] = static_cast<T>(value);
+  if constexpr (sizeof(T) == 2)
+    static_cast<T*>(data)[i] = static_cast<T>(static_cast<float>(value));
+  else
+    static_cast<T*>(data)[i] = static_cast<T>(value);
 }
 
 // A vector of C numbers of any floating dtype, read and written as double.
@@ -46,8 +47,7 @@ class Vector {
   void set(int64_t c, double value) { write_(data_, c * stride_, value); }
 
  private:
-  template <typename T>
-  void set() {
+  template <typename T> void set() {
     read_ = &read_as<T>;
     write_ = &write_as<T>;
   }
@@ -58,7 +58,8 @@ class Vector {
   void (*write_)(void*, int64_t, double);
 };
 
-std::optional<Vector> optional_vector(const std::optional<Tensor>& tensor, const char* name, int64_t channels) {
+std::optional<Vector> optional_vector(const std::optional<Tensor>& tensor, const char* name,
+                                      int64_t channels) {
   return tensor ? std::optional<Vector>(std::in_place, *tensor, name, channels) : std::nullopt;
 }
 
@@ -69,7 +70,9 @@ double at(const Tensor& matrix, DType acc, int64_t row, int64_t columns, int64_t
   return acc == DType::float64 ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
 }
 
-DType acc_of(const Tensor& tensor) { return has_dtype(tensor, DType::float64) ? DType::float64 : DType::float32; }
+DType acc_of(const Tensor& tensor) {
+  return has_dtype(tensor, DType::float64) ? DType::float64 : DType::float32;
+}
 
 int64_t check_columns(const Tensor& matrix, const char* name) {
   const auto sizes = matrix.sizes();
@@ -87,21 +90,22 @@ void fill_bn(A* bn, int64_t channels, const std::optional<Tensor>& stats, int64_
   for (int64_t c = 0; c < channels; ++c) {
     // An empty batch has no statistics; whatever stands here is applied to nothing.
     const double mean = batch ? batch[c] : (*running_mean)[c];
-    const double var = batch ? (count > 0 ? batch[channels + c] / static_cast<double>(count) : 0.0) : (*running_var)[c];
+    const double var =
+        batch ? (count > 0 ? batch[channels + c] / static_cast<double>(count) : 0.0) : (*running_var)[c];
     const double invstd = 1.0 / std::sqrt(var + eps);
     const A scale = static_cast<A>(weight ? (*weight)[c] * invstd : invstd);
     bn[c] = static_cast<A>(mean);
     bn[channels + c] = static_cast<A>(invstd);
     bn[2 * channels + c] = scale;
-    // From the rounded scale and mean, as x*scale + shift uses them: at x = mean the result is then bias to the last bit
-    // that shift can hold.
+    // From the rounded scale and mean, as x*scale + shift uses them: at x = mean the result is then bias to
+    // the last bit that shift can hold.
     bn[3 * channels + c] = static_cast<A>((bias ? (*bias)[c] : 0.0) - static_cast<double>(bn[c]) * scale);
   }
 }
 
-Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count, const std::optional<Tensor>& running_mean,
-                        const std::optional<Tensor>& running_var, const std::optional<Tensor>& weight,
-                        const std::optional<Tensor>& bias, double eps) {
+Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count,
+                        const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                        const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
   check_count(count);
   RF_CHECK(stats || (running_mean && running_var),
            "expected stats, or running_mean and running_var: there is nothing to normalise with");
@@ -126,8 +130,8 @@ Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count, const
 }
 
 // running = (1 - momentum)*running + momentum*batch, with the unbiased variance (torch.nn.BatchNorm2d).
-void update_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& stats, int64_t count,
-                          double momentum) {
+void update_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& stats,
+                          int64_t count, double momentum) {
   check_count(count);
   const int64_t channels = check_columns(stats, "stats");
   const DType acc = acc_of(stats);
@@ -143,7 +147,8 @@ void update_running_stats(const Tensor& running_mean, const Tensor& running_var,
   }
 }
 
-// dx = A*dz + B*(x - mean) + C. The means of dz and of dz*xhat are subtracted only where the statistics were the batch's.
+// dx = A*dz + B*(x - mean) + C. The means of dz and of dz*xhat are subtracted only where the statistics were
+// the batch's.
 Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
   check_count(count);
   const int64_t channels = check_columns(bn, "bn");
@@ -166,8 +171,10 @@ Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bo
       out[3 * channels + c] = static_cast<A>(at(rows, acc, 0, channels, c));
     }
   };
-  if (acc == DType::float64) fill(static_cast<double*>(coefficients.mutable_data_ptr()));
-  else fill(static_cast<float*>(coefficients.mutable_data_ptr()));
+  if (acc == DType::float64)
+    fill(static_cast<double*>(coefficients.mutable_data_ptr()));
+  else
+    fill(static_cast<float*>(coefficients.mutable_data_ptr()));
   return coefficients;
 }
 
@@ -178,8 +185,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
       "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
       " Tensor? bias, float eps) -> Tensor");
   m.def(
-      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, float momentum)"
-      " -> ()");
+      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats,"
+      " int count, float momentum) -> ()");
   m.def("finalize_backward(Tensor sums, Tensor bn, int count, bool training) -> Tensor");
 }
 

@@ -16,10 +16,11 @@
 #include <unordered_map>
 
 // Added to the shim in 2.11, after our target version: null under an older torch.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
-    int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
-    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+                int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace resnet_fused {
 
@@ -81,7 +82,8 @@ class Pool {
     bytes = (bytes + kClass - 1) / kClass * kClass;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      // The block of this size that was released last (its lines may still be in the cache), or of the next larger size.
+      // The block of this size that was released last (its lines may still be in the cache), or of the next
+      // larger size.
       const auto found = classes_.lower_bound(bytes);
       if (found != classes_.end() && found->first <= bytes + bytes / 4) {
         const auto block = found->second.back();
@@ -155,7 +157,8 @@ class Pool {
     size_t bytes;
   };
 
-  // Within a class, blocks stand in the order of their release too: the oldest of all is the first of its class.
+  // Within a class, blocks stand in the order of their release too: the oldest of all is the first of its
+  // class.
   void drop_oldest() noexcept {
     const Block block = cached_.front();
     const auto found = classes_.find(block.bytes);
@@ -176,7 +179,8 @@ class Pool {
   const size_t capacity_ = capacity_from_environment();
 };
 
-// The block's size is looked up by its address, not passed as the context: the first form of torch_from_blob had none.
+// The block's size is looked up by its address, not passed as the context: the first form of torch_from_blob
+// had none.
 void release_block(void* data, void*) { Pool::instance().release(data); }
 
 }  // namespace
@@ -187,7 +191,8 @@ int32_t shim_dtype(DType dtype) {
   return codes[static_cast<int>(dtype)];
 }
 
-torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, DType dtype) {
+torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
+                                    DType dtype) {
   const int32_t cpu = aoti_torch_device_type_cpu();
   size_t bytes = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
   for (int64_t d = 0; d < dimensions; ++d) bytes *= static_cast<size_t>(sizes[d]);
@@ -204,7 +209,8 @@ torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, co
     }
   }
   // Also where memory ran out: torch's allocator raises with its usual message.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, shim_dtype(dtype), cpu, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes, strides, shim_dtype(dtype), cpu, 0, &handle));
   return torch::stable::Tensor(handle);
 }
 

@@ -4,7 +4,8 @@
 namespace resnet_fused {
 namespace {
 
-Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients, const std::optional<Tensor>& dskip) {
+Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                    const std::optional<Tensor>& dskip) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");

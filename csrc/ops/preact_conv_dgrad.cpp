@@ -4,9 +4,10 @@
 namespace resnet_fused {
 namespace {
 
-std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn,
-                                             const std::optional<Tensor>& dz_in, double slope,
-                                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x,
+                                             const Tensor& bn, const std::optional<Tensor>& dz_in,
+                                             double slope, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
@@ -16,7 +17,8 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
   const Activation gradient = check_output_like(dy, "dy", g, input.dtype);
   const Tensor bn_rows = check_acc(bn, "bn", 4, g.c, input.dtype);
   if (dz_in) check_activation_like(*dz_in, "dz_in", input, "input");
-  RF_CHECK(g.k > 0, "expected a weight with output channels, but got weight of size ", to_string(weight.sizes()));
+  RF_CHECK(g.k > 0, "expected a weight with output channels, but got weight of size ",
+           to_string(weight.sizes()));
 
   const Tensor dz = empty_activation(g.n, g.c, g.h, g.w, input.dtype);
   if (is_empty(g)) return {dz, zeros_matrix(2, g.c, acc)};
@@ -39,10 +41,12 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
-      "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope, int[2] stride,"
-      " int[2] padding, int[2] dilation, int groups) -> (Tensor, Tensor)");
+      "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope,"
+      " int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("preact_conv_dgrad", TORCH_BOX(&preact_conv_dgrad)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
+  m.impl("preact_conv_dgrad", TORCH_BOX(&preact_conv_dgrad));
+}
 
 }  // namespace resnet_fused

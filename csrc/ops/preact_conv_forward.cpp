@@ -4,11 +4,13 @@
 namespace resnet_fused {
 namespace {
 
-std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optional<Tensor>& bn, const Tensor& weight,
-                                               const std::optional<Tensor>& bias,
+std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optional<Tensor>& bn,
+                                               const Tensor& weight, const std::optional<Tensor>& bias,
                                                const std::optional<Tensor>& residual, double slope,
-                                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                               const std::vector<int64_t>& dilation, int64_t groups, bool want_stats) {
+                                               const std::vector<int64_t>& stride,
+                                               const std::vector<int64_t>& padding,
+                                               const std::vector<int64_t>& dilation, int64_t groups,
+                                               bool want_stats) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
   PreactConvForwardParams params{};

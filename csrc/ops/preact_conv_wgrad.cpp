@@ -4,10 +4,12 @@
 namespace resnet_fused {
 namespace {
 
-std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bn,
-                                             const Tensor& weight, double slope, const std::vector<int64_t>& stride,
-                                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                             int64_t groups, bool want_bias) {
+std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
+                                             const std::optional<Tensor>& bn, const Tensor& weight,
+                                             double slope, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding,
+                                             const std::vector<int64_t>& dilation, int64_t groups,
+                                             bool want_bias) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
   PreactConvWgradParams params{};
@@ -44,10 +46,12 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
-      "preact_conv_wgrad(Tensor dy, Tensor x, Tensor? bn, Tensor weight, float slope, int[2] stride, int[2] padding,"
-      " int[2] dilation, int groups, bool want_bias) -> (Tensor, Tensor)");
+      "preact_conv_wgrad(Tensor dy, Tensor x, Tensor? bn, Tensor weight, float slope, int[2] stride,"
+      " int[2] padding, int[2] dilation, int groups, bool want_bias) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("preact_conv_wgrad", TORCH_BOX(&preact_conv_wgrad)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
+  m.impl("preact_conv_wgrad", TORCH_BOX(&preact_conv_wgrad));
+}
 
 }  // namespace resnet_fused

@@ -5,8 +5,8 @@ namespace resnet_fused {
 namespace {
 
 std::tuple<Tensor, Tensor> residual_add(const Tensor& x, const Tensor& y, const std::optional<Tensor>& affine,
-                                        const std::optional<Tensor>& gate, double alpha, std::optional<double> slope,
-                                        bool want_stats) {
+                                        const std::optional<Tensor>& gate, double alpha,
+                                        std::optional<double> slope, bool want_stats) {
   const Activation input = check_activation(x, "input");
   const Activation branch = check_activation_like(y, "y", input, "input");
   std::optional<Tensor> affine_rows, gates;
@@ -15,7 +15,8 @@ std::tuple<Tensor, Tensor> residual_add(const Tensor& x, const Tensor& y, const 
   if (gate) {
     const auto sizes = gate->sizes();
     RF_CHECK(sizes.size() == 2 && sizes[0] == input.n && (sizes[1] == input.c || sizes[1] == 1),
-             "expected gate of size [", input.n, ", ", input.c, "] or [", input.n, ", 1], but got ", to_string(sizes));
+             "expected gate of size [", input.n, ", ", input.c, "] or [", input.n, ", 1], but got ",
+             to_string(sizes));
     gate_channels = sizes[1];
     gates = check_acc(*gate, "gate", input.n, gate_channels, input.dtype);
   }
@@ -46,8 +47,8 @@ std::tuple<Tensor, Tensor> residual_add(const Tensor& x, const Tensor& y, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
-      "residual_add(Tensor x, Tensor y, Tensor? affine, Tensor? gate, float alpha, float? slope, bool want_stats)"
-      " -> (Tensor, Tensor)");
+      "residual_add(Tensor x, Tensor y, Tensor? affine, Tensor? gate, float alpha, float? slope,"
+      " bool want_stats) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("residual_add", TORCH_BOX(&residual_add)); }

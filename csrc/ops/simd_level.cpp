@@ -12,8 +12,8 @@ namespace {
 int64_t get_level() { return simd_level(); }
 
 int64_t set_level(int64_t level) {
-  RF_CHECK(level >= -1 && level < kLevels, "expected a SIMD level from -1 (automatic) to ", kLevels - 1, ", but got ",
-           level);
+  RF_CHECK(level >= -1 && level < kLevels, "expected a SIMD level from -1 (automatic) to ", kLevels - 1,
+           ", but got ", level);
   return set_simd_level(static_cast<int>(level));
 }
 

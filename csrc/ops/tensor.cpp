@@ -64,8 +64,9 @@ Activation check_activation(const Tensor& tensor, const char* name) {
   // The stride of a dimension of size 1 says nothing.
   const bool dense = (a.c <= 1 || strides[1] == 1) && (a.w <= 1 || strides[3] == a.c) &&
                      (a.h <= 1 || strides[2] == a.w * a.c) && (a.n <= 1 || strides[0] == a.h * a.w * a.c);
-  RF_CHECK(dense || a.numel() == 0, "expected ", name, " to be dense in channels_last memory format, but got size ",
-           to_string(sizes), " with strides ", to_string(strides));
+  RF_CHECK(dense || a.numel() == 0, "expected ", name,
+           " to be dense in channels_last memory format, but got size ", to_string(sizes), " with strides ",
+           to_string(strides));
   return a;
 }
 
@@ -75,8 +76,8 @@ Activation check_activation_like(const Tensor& tensor, const char* name, const A
   RF_CHECK(a.dtype == expected.dtype, "expected ", name, " to have the dtype of ", like, ", ",
            dtype_name(expected.dtype), ", but got ", dtype_name(a.dtype));
   const int64_t want[] = {expected.n, expected.c, expected.h, expected.w};
-  RF_CHECK(a.n == expected.n && a.c == expected.c && a.h == expected.h && a.w == expected.w, "expected ", name,
-           " of size ", to_string(IntHeaderOnlyArrayRef(want, 4)), " (", like, "), but got ",
+  RF_CHECK(a.n == expected.n && a.c == expected.c && a.h == expected.h && a.w == expected.w, "expected ",
+           name, " of size ", to_string(IntHeaderOnlyArrayRef(want, 4)), " (", like, "), but got ",
            to_string(tensor.sizes()));
   return a;
 }
@@ -87,8 +88,8 @@ Tensor check_acc(const Tensor& tensor, const char* name, int64_t rows, int64_t c
   RF_CHECK(has_dtype(tensor, acc), "expected ", name, " to have dtype ", dtype_name(acc), ", but got ",
            dtype_name(tensor));
   const auto sizes = tensor.sizes();
-  RF_CHECK(sizes.size() == 2 && sizes[0] == rows && sizes[1] == columns, "expected ", name, " of size [", rows, ", ",
-           columns, "], but got ", to_string(sizes));
+  RF_CHECK(sizes.size() == 2 && sizes[0] == rows && sizes[1] == columns, "expected ", name, " of size [",
+           rows, ", ", columns, "], but got ", to_string(sizes));
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -118,11 +119,12 @@ Tensor zeros_matrix(int64_t rows, int64_t columns, DType dtype) {
 
 namespace {
 
-// OpenMP's threads do not survive a fork: where the parent had started them, a parallel region of the child waits for
-// them for ever. Work is then done by the child's own thread; the results are the same.
+// OpenMP's threads do not survive a fork: where the parent had started them, a parallel region of the child
+// waits for them for ever. Work is then done by the child's own thread; the results are the same.
 std::atomic<bool> threads_started{false};
 std::atomic<bool> threads_lost{false};
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_started.load(); });
+[[maybe_unused]] const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_started.load(); });
 
 void run_on_torch_threads(int64_t tasks, void (*task)(int64_t, void*), void* context) {
   if (tasks == 1 || threads_lost.load(std::memory_order_relaxed)) {

@@ -22,18 +22,18 @@ namespace resnet_fused {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
-// STD_TORCH_CHECK puts the function, the file and the line before its message; users of PyTorch expect the message alone.
-template <typename... Args>
-[[noreturn]] void raise(const Args&... args) {
+// STD_TORCH_CHECK puts the function, the file and the line before its message; users of PyTorch expect the
+// message alone.
+template <typename... Args> [[noreturn]] void raise(const Args&... args) {
   std::ostringstream message;
   ((message << args), ...);
   throw std::runtime_error(message.str());
 }
 
-#define RF_CHECK(condition, ...)                \
-  do {                                          \
-    if (!(condition)) [[unlikely]]              \
-      ::resnet_fused::raise(__VA_ARGS__);       \
+#define RF_CHECK(condition, ...)          \
+  do {                                    \
+    if (!(condition)) [[unlikely]]        \
+      ::resnet_fused::raise(__VA_ARGS__); \
   } while (false)
 
 // "[2, 3, 8, 8]"
@@ -63,7 +63,8 @@ struct Activation {
 
 Activation check_activation(const Tensor& tensor, const char* name);
 // The same, and of the given size and dtype; `like` names the tensor that set them.
-Activation check_activation_like(const Tensor& tensor, const char* name, const Activation& expected, const char* like);
+Activation check_activation_like(const Tensor& tensor, const char* name, const Activation& expected,
+                                 const char* like);
 inline const void* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }

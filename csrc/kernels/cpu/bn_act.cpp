@@ -60,8 +60,8 @@ template <typename T> struct BnAct {
 
   // Adds the tile's sums to slots of sum and dot.
   template <bool kRelu, bool kDzIn, typename B>
-  void backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots, A* dot_slots,
-                     B block) const {
+  void backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots,
+                     A* dot_slots, B block) const {
     constexpr int N = B::kCount;
     constexpr int U = kUnroll<N>;
     const int64_t stride = units.columns;
@@ -76,7 +76,7 @@ template <typename T> struct BnAct {
     block.load_slots(bn_rows.shift + slot, shift);
     V sum[U][N] = {}, dot[U][N] = {};
     const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
-      // The unrolling is asked for by name: GCC would leave the accumulators in memory.
+    // The unrolling is asked for by name: GCC would leave the accumulators in memory.
 #pragma GCC unroll 4
       for (int u = 0; u < count.value; ++u) {
         const int64_t i = (first + u) * stride;
@@ -143,8 +143,9 @@ template <typename T> void bn_act_forward(const BnActParams& params) {
   const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
   for_both<0>(parts, static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
     BnAct<T> job = {params, units, nullptr};
-    params.parallel.run(units.count(),
-                        params.slope == 0 ? &BnAct<T>::template forward<true> : &BnAct<T>::template forward<false>, &job);
+    params.parallel.run(
+        units.count(),
+        params.slope == 0 ? &BnAct<T>::template forward<true> : &BnAct<T>::template forward<false>, &job);
   });
 }
 
@@ -155,8 +156,8 @@ template <typename T> void bn_act_backward(const BnActParams& params) {
   const bool relu = params.slope == 0;
   const auto task = params.dz_in == nullptr ? relu ? &BnAct<T>::template backward<true, false>
                                                    : &BnAct<T>::template backward<false, false>
-                                            : relu ? &BnAct<T>::template backward<true, true>
-                                                   : &BnAct<T>::template backward<false, true>;
+                    : relu                  ? &BnAct<T>::template backward<true, true>
+                                            : &BnAct<T>::template backward<false, true>;
   for_both<2>(parts, partial, [&](const Units& units, A* out) {
     BnAct<T> job = {params, units, out};
     params.parallel.run(units.count(), task, &job);

@@ -1,6 +1,7 @@
-// How the element-wise and per-channel kernels walk an activation [pixels, channels]: rows of one pixel or, where a pixel has few
-// channels, of several; work units of a size that depends on the shape only; and in a unit, blocks of a few vectors of
-// channels, whose constants and accumulators stay in registers while a loop runs over rows.
+// How the element-wise and per-channel kernels walk an activation [pixels, channels]: rows of one pixel or,
+// where a pixel has few channels, of several; work units of a size that depends on the shape only; and in a
+// unit, blocks of a few vectors of channels, whose constants and accumulators stay in registers while a loop
+// runs over rows.
 #pragma once
 
 #include "../cpu_kernels.h"
@@ -14,9 +15,10 @@ constexpr int64_t kGroupChannels = 256;                    // columns of a work 
 constexpr int64_t kMaxGroupChannels = 2 * kGroupChannels;  // the last one takes the rest too
 constexpr int64_t kUnitBytes = 128 << 10;                  // of one tensor, at most
 constexpr int64_t kUnitTiles = 16;                         // at most: a unit sums in acc, its total in double
-// Where a row is several blocks, so much of each tensor is gone through block by block: more would be strided access to
-// memory, which is half as fast (measured with AVX2, 64 channels, 16 MB tensors).
-constexpr int64_t kStepBytes = 512;
+// Where a row is several blocks, so much of each tensor is gone through block by block: more is strided access
+// to memory, three times slower with AVX2's narrow blocks (64 channels in 16 MB tensors); less loads constants
+// and accumulators too often (256 channels with AVX-512).
+constexpr int64_t kStepBytes = RF_VECTOR_BYTES >= 64 ? 4096 : 512;
 // Vectors of a block: two accumulators and some constants for each have to stay in registers.
 constexpr int kBlockVectors = RF_VECTOR_REGISTERS >= 32 ? 4 : 2;
 // Rows a loop takes at once, so that a narrow block has several accumulators too.
@@ -28,9 +30,9 @@ template <int kValue> struct Int {
 
 // kVectors vectors of channels or, where there are fewer channels than lanes, the first `lanes` lanes of one.
 //
-// Two vectors of bf16 are read as one of 32-bit words: the even channels are the words shifted left, the odd ones the words
-// masked. That is half the work of widening them in order, and of narrowing them. Whatever belongs to a channel is
-// therefore kept by slot, the order of the lanes (channel_of_slot).
+// Two vectors of bf16 are read as one of 32-bit words: the even channels are the words shifted left, the odd
+// ones the words masked. That is half the work of widening them in order, and of narrowing them. Whatever
+// belongs to a channel is therefore kept by slot, the order of the lanes (channel_of_slot).
 template <typename T, int kVectors, bool kPartial> struct Block {
   typedef Acc<T> A;
   typedef Vec<A> V;
@@ -67,9 +69,11 @@ template <typename T, int kVectors, bool kPartial> struct Block {
       }
     } else {
       for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kPartial)
+          store_partial(p, values[v], lanes);
+        else
+          RF_VARIANT::store(p + v * L, values[v]);
         values[v] = rounded<T>(values[v]);
-        if constexpr (kPartial) store_partial(p, values[v], lanes);
-        else RF_VARIANT::store(p + v * L, values[v]);
       }
     }
   }
@@ -83,8 +87,9 @@ template <typename T, int kVectors, bool kPartial> struct Block {
   }
 };
 
-// Calls f(block, channel, slot) for blocks that cover [0, channels). The last one may begin inside the one before it: what it
-// computes a second time is the same, but accumulators must not meet, so slots are counted on without the overlap.
+// Calls f(block, channel, slot) for blocks that cover [0, channels). The last one may begin inside the one
+// before it: what it computes a second time is the same, but accumulators must not meet, so slots are counted
+// on without the overlap.
 template <typename T, typename F> RF_INLINE void for_each_block(int64_t channels, const F& f) {
   constexpr int64_t L = kLanes<Acc<T>>;
   if (channels < L) {
@@ -108,7 +113,9 @@ template <typename T, typename F> RF_INLINE void for_each_block(int64_t channels
 
 // Slots of a group at most, and of a group of so many channels.
 constexpr int64_t kGroupSlots = kMaxGroupChannels + RF_VECTOR_BYTES / 4;
-template <typename T> RF_INLINE int64_t slot_count(int64_t channels) { return round_up(channels, int64_t(kLanes<Acc<T>>)); }
+template <typename T> RF_INLINE int64_t slot_count(int64_t channels) {
+  return round_up(channels, int64_t(kLanes<Acc<T>>));
+}
 
 // The channel whose lane a slot is, -1 for a lane beyond a partial block.
 template <typename T> RF_INLINE int64_t channel_of_slot(int64_t slot, int64_t channels) {
@@ -121,14 +128,19 @@ template <typename T> RF_INLINE int64_t channel_of_slot(int64_t slot, int64_t ch
   return slot < channels / L * L ? slot : slot + channels - round_up(channels, L);
 }
 
-// Per-channel numbers into the slots of `columns` columns, and the slots' numbers into columns. A row of several pixels repeats
-// the channels.
+// Per-channel numbers into the slots of `columns` columns, and the slots' numbers into columns. A row of
+// several pixels repeats the channels.
 template <typename T, typename A>
 RF_INLINE void gather_slots(const A* row, int64_t channels, int64_t columns, A* slots) {
+  A repeated[kMaxGroupChannels];
+  if (columns > channels) {
+    for (int64_t c = 0; c < columns; ++c) repeated[c] = c < channels ? row[c] : repeated[c - channels];
+    row = repeated;
+  }
   const int64_t count = slot_count<T>(columns);
   for (int64_t s = 0; s < count; ++s) {
     const int64_t c = channel_of_slot<T>(s, columns);
-    slots[s] = c < 0 ? A(0) : row[c < channels ? c : c % channels];
+    slots[s] = c < 0 ? A(0) : row[c];
   }
 }
 template <typename T, typename A> RF_INLINE void scatter_slots(const A* slots, int64_t columns, A* row) {
@@ -141,18 +153,18 @@ template <typename T, typename A> RF_INLINE void scatter_slots(const A* slots, i
 
 // A run of an activation as a matrix [rows, columns], in work units: ranges of rows times groups of columns.
 struct Units {
-  int64_t first;         // element
-  int64_t channels;      // of the activation
-  int64_t rows, columns; // columns = channels * pixels of a row
+  int64_t first;          // element
+  int64_t channels;       // of the activation
+  int64_t rows, columns;  // columns = channels * pixels of a row
   int64_t ranges, range_rows, groups;
-  int64_t step;          // rows gone through block by block
+  int64_t step;  // rows gone through block by block
 
   int64_t count() const { return ranges * groups; }
 };
 
 // One work unit. A group of columns that is not the whole row is of rows of one pixel.
 struct Unit {
-  int64_t range, begin, end;        // rows
+  int64_t range, begin, end;  // rows
   int64_t first_column, columns;
   int64_t first_channel;
 
@@ -166,14 +178,16 @@ struct Unit {
   }
 };
 
-template <typename T> RF_INLINE Units make_units(int64_t first, int64_t rows, int64_t columns, int64_t channels) {
+template <typename T>
+RF_INLINE Units make_units(int64_t first, int64_t rows, int64_t columns, int64_t channels) {
   Units units;
   units.first = first;
   units.channels = channels;
   units.rows = rows;
   units.columns = columns;
   units.groups = columns < kGroupChannels ? 1 : columns / kGroupChannels;
-  const int64_t row_bytes = (columns < kGroupChannels ? columns : kGroupChannels) * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes =
+      (columns < kGroupChannels ? columns : kGroupChannels) * static_cast<int64_t>(sizeof(T));
   const int64_t tiles = kUnitBytes / (row_bytes * kTileRows);
   units.range_rows = kTileRows * (tiles < 1 ? 1 : tiles > kUnitTiles ? kUnitTiles : tiles);
   units.ranges = divide_up(rows, units.range_rows);
@@ -190,7 +204,8 @@ template <typename T> RF_INLINE int64_t pixels_per_row(int64_t channels) {
   return channels < width ? divide_up(width, channels) : 1;
 }
 
-// An activation's units: rows of `pixels_of_row` pixels, and the pixels that are left over as rows of one (no rows: none).
+// An activation's units: rows of `pixels_of_row` pixels, and the pixels that are left over as rows of one (no
+// rows: none).
 struct Split {
   Units body, rest;
   int64_t repeats;  // of the channels in a row of the body
@@ -205,8 +220,10 @@ template <typename T> RF_INLINE Split split(int64_t pixels, int64_t channels, in
   return s;
 }
 
-// Runs job(units, partial) for both parts; each writes [ranges, kRows, columns] partial results, one after the other.
-template <int kRows, typename A, typename F> RF_INLINE void for_both(const Split& s, A* partial, const F& run) {
+// Runs job(units, partial) for both parts; each writes [ranges, kRows, columns] partial results, one after
+// the other.
+template <int kRows, typename A, typename F>
+RF_INLINE void for_both(const Split& s, A* partial, const F& run) {
   run(s.body, partial);
   if (s.rest.rows > 0) run(s.rest, partial ? partial + s.body.ranges * kRows * s.body.columns : nullptr);
 }
@@ -215,7 +232,8 @@ template <int kRows, typename A> RF_INLINE A* partial_buffer(const Split& s) {
   return static_cast<A*>(thread_scratch(kScratchPartial, count * kRows * sizeof(A)));
 }
 
-// The partial results of `channels` as a sequence, in a fixed order: for each range of the body every repeat, then the rest.
+// The partial results of `channels` as a sequence, in a fixed order: for each range of the body every repeat,
+// then the rest.
 template <int kRows, typename A> struct Partials {
   const A* partial;
   const Split& split;
@@ -225,7 +243,8 @@ template <int kRows, typename A> struct Partials {
   int64_t stride(int64_t i) const { return in_body(i) ? split.body.columns : split.rest.columns; }
   const A* row(int64_t i) const {  // row r of it is at r * stride(i)
     const int64_t columns = split.body.columns;
-    if (in_body(i)) return partial + i / split.repeats * kRows * columns + i % split.repeats * split.body.channels;
+    if (in_body(i))
+      return partial + i / split.repeats * kRows * columns + i % split.repeats * split.body.channels;
     return partial + split.body.ranges * kRows * columns +
            (i - split.body.ranges * split.repeats) * kRows * split.rest.columns;
   }

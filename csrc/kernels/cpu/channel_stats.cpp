@@ -1,4 +1,5 @@
-// Mean and sum of squared deviations per channel: per-tile two-pass, merged with Chan's formula in a fixed order.
+// Mean and sum of squared deviations per channel: per-tile two-pass, merged with Chan's formula in a fixed
+// order.
 #include "primitives.h"
 #include "stats.h"
 
@@ -32,7 +33,8 @@ template <typename T> struct ChannelStats {
   // The blocks would read memory in strides: bring the tile in by rows.
   static void fetch(const T* x, int64_t stride, int64_t rows, int64_t columns) {
     for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + p * stride + c);
+      for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(x + p * stride + c);
   }
 };
 
@@ -46,7 +48,8 @@ template <typename T> void channel_stats(const ChannelStatsParams& params) {
     ChannelStats<T> job = {params, units, out};
     params.parallel.run(units.count(), &ChannelStats<T>::task, &job);
   });
-  StatsReduction<A> reduction = {{partial, parts}, params.channels, params.pixels, static_cast<A*>(params.stats)};
+  StatsReduction<A> reduction = {
+      {partial, parts}, params.channels, params.pixels, static_cast<A*>(params.stats)};
   reduce(reduction, params.parallel);
 }
 

@@ -69,8 +69,9 @@ template <typename T> void preact_apply(const PreactApplyParams& params) {
   const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
   for_both<0>(parts, static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
     PreactApply<T> job = {params, units};
-    params.parallel.run(units.count(),
-                        params.dskip ? &PreactApply<T>::template task<true> : &PreactApply<T>::template task<false>, &job);
+    params.parallel.run(
+        units.count(),
+        params.dskip ? &PreactApply<T>::template task<true> : &PreactApply<T>::template task<false>, &job);
   });
 }
 

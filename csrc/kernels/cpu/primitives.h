@@ -1,5 +1,5 @@
-// The primitives of one SIMD level: each is defined, and instantiated for float, double and bf16, in the file of its name
-// (bn_act.cpp holds both directions).
+// The primitives of one SIMD level: each is defined, and instantiated for float, double and bf16, in the file
+// of its name (bn_act.cpp holds both directions).
 #pragma once
 
 #include "../cpu_kernels.h"

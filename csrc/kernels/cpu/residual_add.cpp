@@ -1,4 +1,5 @@
-// out = act(x + alpha*gate*(affine[0]*y + affine[1])), with the statistics of out; without gate, affine and alpha it is x + y.
+// out = act(x + alpha*gate*(affine[0]*y + affine[1])), with the statistics of out; without gate, affine and
+// alpha it is x + y.
 #include "primitives.h"
 #include "stats.h"
 
@@ -47,17 +48,17 @@ template <typename T> struct ResidualAdd {
   void coefficients(int64_t image, const Unit& unit, A* scale, A* bias) const {
     const A* affine = static_cast<const A*>(params.affine);
     const A* gate = static_cast<const A*>(params.gate);
-    const int64_t slots = slot_count<T>(unit.columns);
-    for (int64_t s = 0; s < slots; ++s) {
-      const int64_t column = channel_of_slot<T>(s, unit.columns);
-      scale[s] = bias[s] = A(0);
-      if (column < 0) continue;
-      const int64_t c = unit.first_channel + (column < params.channels ? column : column % params.channels);
-      A factor = static_cast<A>(params.alpha);
-      if (gate) factor *= params.gate_channels == 1 ? gate[image] : gate[image * params.channels + c];
-      scale[s] = affine ? factor * affine[c] : factor;
-      if (affine) bias[s] = factor * affine[params.channels + c];
+    const int64_t channels = unit.columns < params.channels ? unit.columns : params.channels;
+    A factor[kMaxGroupChannels], shift[kMaxGroupChannels];
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t c = unit.first_channel + i;
+      factor[i] = static_cast<A>(params.alpha);
+      if (gate) factor[i] *= params.gate_channels == 1 ? gate[image] : gate[image * params.channels + c];
+      shift[i] = affine ? factor[i] * affine[params.channels + c] : A(0);
+      if (affine) factor[i] *= affine[c];
     }
+    gather_slots<T>(factor, channels, unit.columns, scale);
+    gather_slots<T>(shift, channels, unit.columns, bias);
   }
 
   template <bool kPlain, Activation kAct> static void task(int64_t index, void* context) {
@@ -78,8 +79,9 @@ template <typename T> struct ResidualAdd {
       const int64_t tile = units.first + p * units.columns + unit.first_column;
       for (int64_t r = 0; r < rows; r += units.step)
         for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
-          job.template tile<kPlain, kAct>(tile + r * units.columns + column, rows - r < units.step ? rows - r : units.step,
-                                          scale + slot, bias + slot, block);
+          job.template tile<kPlain, kAct>(tile + r * units.columns + column,
+                                          rows - r < units.step ? rows - r : units.step, scale + slot,
+                                          bias + slot, block);
         });
       if (want_stats)
         for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
@@ -94,7 +96,8 @@ template <typename T> struct ResidualAdd {
   template <bool kPlain> void run() {
     void (*task_of_activation)(int64_t, void*) = &task<kPlain, Activation::none>;
     if (params.activate)
-      task_of_activation = params.slope == 0 ? &task<kPlain, Activation::relu> : &task<kPlain, Activation::leaky>;
+      task_of_activation =
+          params.slope == 0 ? &task<kPlain, Activation::relu> : &task<kPlain, Activation::leaky>;
     params.parallel.run(units.count(), task_of_activation, this);
   }
 };
@@ -110,8 +113,10 @@ template <typename T> void residual_add(const ResidualAddParams& params) {
   A* partial = params.stats ? partial_buffer<3, A>(parts) : nullptr;
   for_both<3>(parts, partial, [&](const Units& units, A* out) {
     ResidualAdd<T> job = {params, units, out, params.gate ? params.pixels_per_image : units.rows};
-    if (plain) job.template run<true>();
-    else job.template run<false>();
+    if (plain)
+      job.template run<true>();
+    else
+      job.template run<false>();
   });
   if (params.stats) {
     StatsReduction<A> reduction = {{partial, parts}, params.channels, pixels, static_cast<A*>(params.stats)};

@@ -8,8 +8,8 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
-// A unit's (count, mean, M2), as deviations from a centre near the mean: at mean 1e6 and deviation 1 the mean alone would be
-// known to 0.06 only, and with it M2.
+// A unit's (count, mean, M2), as deviations from a centre near the mean: at mean 1e6 and deviation 1 the mean
+// alone would be known to 0.06 only, and with it M2.
 template <typename A> struct UnitStats {
   int64_t count = 0;
   A center[kGroupSlots];
@@ -17,12 +17,14 @@ template <typename A> struct UnitStats {
   A m2[kGroupSlots];
 };
 
-// total[v] = sum over the tile's rows of term(value, v): 16 rows at a time in eight vectors of accumulators, which are
-// added pairwise. Adding 64 numbers one after the other in fp32 would lose more than torch.var does.
+// total[v] = sum over the tile's rows of term(value, v): 16 rows at a time in eight vectors of accumulators,
+// which are added pairwise. Adding 64 numbers one after the other in fp32 would lose more than torch.var
+// does.
 constexpr int64_t kChunkRows = 16;
 
 template <typename T, typename B, typename F>
-RF_INLINE void sum_tile(const T* x, int64_t stride, int64_t rows, const B& block, Vec<Acc<T>>* total, const F& term) {
+RF_INLINE void sum_tile(const T* x, int64_t stride, int64_t rows, const B& block, Vec<Acc<T>>* total,
+                        const F& term) {
   typedef Vec<Acc<T>> V;
   constexpr int N = B::kCount;
   constexpr int U = 8 / N;
@@ -61,18 +63,22 @@ RF_INLINE void sum_tile(const T* x, int64_t stride, int64_t rows, const B& block
 }
 
 // An infinite mean as a centre would make every deviation NaN, and the mean with it.
-template <typename V> RF_INLINE V finite_or_zero(V value) { return select<V>(value - value == V{}, value, V{}); }
+template <typename V> RF_INLINE V finite_or_zero(V value) {
+  return select<V>(value - value == V{}, value, V{});
+}
 
 // Adds a tile to a block's slots. `x` is its first channel, in L1; `count` is what the slots hold before.
 template <typename T, typename B>
-void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* center_slots, Acc<T>* sum_slots,
-              Acc<T>* m2_slots, B block) {
+void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* center_slots,
+              Acc<T>* sum_slots, Acc<T>* m2_slots, B block) {
   typedef Acc<T> A;
   typedef Vec<A> V;
   constexpr int N = B::kCount;
   const A n = static_cast<A>(rows);
   // sum / n to the last bit: in a constant channel every mean below must be exact, or M2 would not be 0.
-  const auto over_n = [n, rows](V value) { return rows == kTileRows ? value * splat<A>(A(1) / kTileRows) : value / splat<A>(n); };
+  const auto over_n = [n, rows](V value) {
+    return rows == kTileRows ? value * splat<A>(A(1) / kTileRows) : value / splat<A>(n);
+  };
   V center[N], sum[N], offset[N], mean[N], m2[N];
   if (count == 0) {
     sum_tile(x, stride, rows, block, sum, [](V value, int) { return value; });
@@ -95,13 +101,14 @@ void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* c
     block.load_slots(m2_slots, old_m2);
   }
   for (int v = 0; v < N; ++v) {
-    // The deviations were taken from the rounded mean: take n times the square of its error away. Not below 0; and where
-    // both overflowed, M2 is infinite as the variance is.
+    // The deviations were taken from the rounded mean: take n times the square of its error away. Not below
+    // 0; and where both overflowed, M2 is infinite as the variance is.
     const V error = offset[v] - (mean[v] - center[v]);
     const V corrected = m2[v] - error * error * splat<A>(n);
     m2[v] = select<V>(corrected >= V{}, corrected, select<V>(corrected < V{}, V{}, m2[v]));
     if (count > 0) {
-      // Chan, Golub and LeVeque 1979, with the sums kept instead of the means: an infinite sum then stays one.
+      // Chan, Golub and LeVeque 1979, with the sums kept instead of the means: an infinite sum then stays
+      // one.
       const A before = static_cast<A>(count);
       const V delta = offset[v] - old_sum[v] * splat<A>(A(1) / before);
       m2[v] += old_m2[v] + delta * delta * splat<A>(before * n / (before + n));
@@ -118,13 +125,15 @@ void add_tile(const T* x, int64_t stride, int64_t rows, int64_t count, Acc<T>* c
 }
 
 template <typename T, typename B>
-RF_INLINE void add_tile(const T* x, int64_t stride, int64_t rows, UnitStats<Acc<T>>& stats, int64_t slot, B block) {
+RF_INLINE void add_tile(const T* x, int64_t stride, int64_t rows, UnitStats<Acc<T>>& stats, int64_t slot,
+                        B block) {
   add_tile(x, stride, rows, stats.count, stats.center + slot, stats.sum + slot, stats.m2 + slot, block);
 }
 
 // partial: [ranges, 3, columns]: centre, sum of deviations from it, M2.
 template <typename T>
-RF_INLINE void write_partial(const UnitStats<Acc<T>>& stats, Acc<T>* partial, const Units& units, const Unit& unit) {
+RF_INLINE void write_partial(const UnitStats<Acc<T>>& stats, Acc<T>* partial, const Units& units,
+                             const Unit& unit) {
   Acc<T>* out = partial + unit.range * 3 * units.columns + unit.first_column;
   scatter_slots<T>(stats.center, unit.columns, out);
   scatter_slots<T>(stats.sum, unit.columns, out + units.columns);
