@@ -22,10 +22,13 @@ def pre_activation(
     acc = acc_dtype(x.dtype)
     xa, gamma, beta = x.to(acc), gamma.to(acc), beta.to(acc)
     if frozen is None:
-        z = F.batch_norm(xa, None, None, gamma, beta, training=True, eps=eps)
+        # Not F.batch_norm: its third derivative is wrong in torch 2.13 and refused in 2.15.
+        centred = xa - xa.mean((0, 2, 3), keepdim=True)
+        normalised = centred * torch.rsqrt(centred.square().mean((0, 2, 3), keepdim=True) + eps)
     else:
         mean, invstd = (t.view(1, -1, 1, 1) for t in (frozen[0], frozen[1]))
-        z = (xa - mean) * invstd * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+        normalised = (xa - mean) * invstd
+    z = normalised * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
     a = F.relu(z) if negative_slope == 0 else F.leaky_relu(z, negative_slope)
     return a.to(x.dtype)
 
