@@ -246,6 +246,8 @@ def start(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "resnet_fused.cli", *arguments],
         stdout=subprocess.PIPE,
+        # A runner in the background of a shell has SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": ROOT},
