@@ -19,7 +19,15 @@ struct Parallel {
 
 // A buffer that belongs to the calling thread and is kept between calls (page faults on fresh temporaries cost more
 // than the arithmetic of a normalisation). Contents are undefined. slot keeps buffers that live at once apart.
-enum ScratchSlot { kScratchActivation = 0, kScratchTile = 1, kScratchPack = 2, kScratchPartial = 3, kScratchSlots = 4 };
+enum ScratchSlot {
+  kScratchActivation,
+  kScratchTile,
+  kScratchPack,
+  kScratchPartial,
+  kScratchWinograd,
+  kScratchDirectPack,
+  kScratchSlots
+};
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 // Activations are dense channels_last: [pixels, channels] with pixels = N*H*W. "acc" is float, or double for float64.

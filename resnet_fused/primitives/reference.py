@@ -88,7 +88,8 @@ def bn_act_backward(
     da: Tensor, x: Tensor, bn: Tensor, dz_in: Tensor | None, slope: float
 ) -> tuple[Tensor, Tensor]:
     z, d = _pre_activation(x, bn), da.to(bn.dtype)
-    dz = torch.where(z > 0, d, d * slope if slope != 0 else 0.0)
+    # Where z is NaN: as PyTorch has it for either function.
+    dz = torch.where(z > 0, d, d * slope) if slope != 0 else torch.where(z <= 0, 0.0, d)
     if dz_in is not None:
         dz = dz + dz_in.to(bn.dtype)
     dz = canonical(dz.to(x.dtype), True)

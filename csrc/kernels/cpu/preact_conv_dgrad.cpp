@@ -3,13 +3,12 @@
 //
 // The input gradient of a convolution with stride (sh, sw) is sh*sw convolutions of dy with stride 1, one for each residue
 // ("phase") of the input position, each with the taps that reach it: h + pad = p*stride + r*dilation.
-#include "conv_engine.h"
 #include "primitives.h"
+#include "winograd.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
 namespace {
-
 
 RF_INLINE bool reaches(int64_t phase, int64_t tap, int64_t stride, int64_t pad, int64_t dilation, int64_t* offset) {
   const int64_t position = phase + pad - tap * dilation;
@@ -116,17 +115,21 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const Extent eh = extent_of(g.r, g.stride_h, g.pad_h, g.dilation_h);
   const Extent ew = extent_of(g.s, g.stride_w, g.pad_w, g.dilation_w);
   const int64_t index_rows = divide_up(g.h, g.stride_h), index_cols = divide_up(g.w, g.stride_w);
-  const int64_t band_cols = pointwise ? chunk : index_cols + ew.most - ew.least;
+  // Winograd computes whole tiles of 2x2.
+  const bool winograd = winograd_fits<M>(g);
+  const int64_t whole_tiles = winograd ? 2 : 1;
+  const int64_t band_cols = pointwise ? chunk : round_up(index_cols, whole_tiles) + ew.most - ew.least;
   const int64_t band_rows =
-      pointwise ? 1 : rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least);
+      pointwise
+          ? 1
+          : round_up(rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least), whole_tiles);
   const int64_t bands = divide_up(index_rows, band_rows);
   const int64_t tasks = pointwise ? divide_up(pixels, chunk) : g.n * bands;
-  const BandLayout largest =
-      make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
+  const BandLayout largest = make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
 
   // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]). Each phase has packed weights of its own.
   const int64_t taps = g.r * g.s;
-  const PackLayout whole = make_pack<M>(g.k, g.c, taps);
+  const PackLayout whole = make_pack<M>(g.k, g.c, winograd ? kWinogradPositions : taps);
   const int64_t packed_units = pack_units<M>(whole);
   char* const shared = static_cast<char*>(thread_scratch(
       kScratchPack, size_t(packed_units) * sizeof(Unit) + size_t(phases + 1 + 2 * taps) * sizeof(int64_t) +
@@ -153,13 +156,19 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   }
   phase_begin[phases] = found;
   const int64_t tap_units = whole.out_blocks * whole.in_units * kOutBlock<A>;  // packed units of one tap, all blocks
-  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
-    const int64_t phase = task / whole.out_blocks, block = task % whole.out_blocks;
+  const WeightLayout& weight = params.weight_layout;
+  const auto pack_direct = [&](Unit* to, int64_t phase, int64_t block) {
     const int64_t first = phase_begin[phase];
     const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
-    pack_block<M, T>(packed + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight,
-                     params.weight_layout, params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r + first,
-                     taps_s + first);
+    pack_block<M, T>(to + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight, weight,
+                     weight.stride_k, weight.stride_c, taps_r + first, taps_s + first);
+  };
+  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
+    if constexpr (kHasWinograd<M>)
+      if (winograd)
+        return pack_winograd<M, T>(packed + pack_block_offset<M>(whole, task), whole, task, params.weight, weight,
+                                   weight.stride_k, weight.stride_c, true);
+    pack_direct(packed, task / whole.out_blocks, task % whole.out_blocks);
   });
 
   const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
@@ -194,7 +203,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       image = task / bands;
       row0 = task % bands * band_rows;
       rows = min64(band_rows, index_rows - row0);
-      layout = make_band<M>(g.k, rows + eh.most - eh.least, band_cols, 1);
+      layout = make_band<M>(g.k, round_up(rows, whole_tiles) + eh.most - eh.least, band_cols, 1);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + image * g.p * g.q * g.k, g.p, g.q,
                       row0 + eh.least, ew.least, none);
     }
@@ -217,19 +226,32 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       next.add(dy + begin * g.k, dy + end * g.k);
       next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
-      next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     }
+    const Unit* weights = packed;
+    if constexpr (kHasWinograd<M>)
+      if (winograd) {
+        if (winograd_band<M>(band, layout, packed, whole, rows, g.w, (image * g.h + row0) * g.w, epilogue, next)) {
+          if (streamed) stream_fence();
+          return;
+        }
+        memset(sums, 0, size_t(2 * g.c) * sizeof(A));
+        Unit* const again =
+            static_cast<Unit*>(thread_scratch(kScratchDirectPack, size_t(taps * tap_units) * sizeof(Unit)));
+        for (int64_t block = 0; block < whole.out_blocks; ++block) pack_direct(again, 0, block);
+        weights = again;
+      }
+    next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
       const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
       const TileInput<M> input = {tap_offsets + first, pack.taps, layout.rows * layout.slots * B, pack.in_units};
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
       if (cols <= 0) continue;
-      const int64_t tiles = divide_up(cols, int64_t(kTilePixels));
       for (int64_t block = 0; block < pack.out_blocks; ++block) {
-        const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
+        const Unit* const w = weights + first * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
+        const int64_t tiles = divide_up(cols, int64_t(kTilePixels));
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t h = (row0 + row) * g.stride_h + phase_h;
           if (!pointwise && h >= g.h) break;

@@ -1,8 +1,8 @@
 // y = conv(act(x*scale + shift)) + bias + residual, with the statistics of y (He et al. 2016, "Identity Mappings in Deep
 // Residual Networks": one pre-activation convolution and, at a unit's end, the addition). The normalised input exists
 // only as a band of rows in a core's cache; y and residual are touched once.
-#include "conv_engine.h"
 #include "primitives.h"
+#include "winograd.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -12,6 +12,7 @@ namespace {
 // padding), a run of pixels that need not respect image borders.
 struct Work {
   bool pointwise;
+  bool winograd;
   int64_t tasks;
   int64_t pixels, chunk;       // pointwise
   int64_t bands, band_rows;    // otherwise
@@ -31,10 +32,12 @@ template <typename M> Work plan_work(const ConvGeometry& g) {
     work.cols = work.chunk;
     return work;
   }
+  work.winograd = winograd_fits<M>(g);
   const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-  work.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+  work.cols = work.winograd ? round_up(g.q, 2) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
   const int64_t row_bytes = blocks * round_up(work.cols, g.stride_w) * RF_VECTOR_BYTES;
   work.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+  if (work.winograd) work.band_rows = round_up(work.band_rows, 2);
   work.bands = divide_up(g.p, work.band_rows);
   work.tasks = g.n * work.bands;
   work.rows = (work.band_rows - 1) * g.stride_h + halo_h;
@@ -116,7 +119,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   const Work work = plan_work<M>(g);
   const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
   const int64_t taps = g.r * g.s;
-  const PackLayout pack = make_pack<M>(g.c, g.k, taps);
+  const PackLayout pack = make_pack<M>(g.c, g.k, work.winograd ? kWinogradPositions : taps);
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
   Unit* const packed = static_cast<Unit*>(thread_scratch(
@@ -127,9 +130,17 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     taps_r[t] = int32_t(t / g.s);
     taps_s[t] = int32_t(t % g.s);
   }
+  const WeightLayout& weight = params.weight_layout;
+  const auto pack_direct = [&](Unit* to, const PackLayout& layout, int64_t block) {
+    pack_block<M, T>(to + pack_block_offset<M>(layout, block), layout, block, params.weight, weight, weight.stride_c,
+                     weight.stride_k, taps_r, taps_s);
+  };
   parallel_for(params.parallel, pack.out_blocks, [&](int64_t block) {
-    pack_block<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, params.weight_layout,
-                     params.weight_layout.stride_c, params.weight_layout.stride_k, taps_r, taps_s);
+    if constexpr (kHasWinograd<M>)
+      if (work.winograd)
+        return pack_winograd<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, weight,
+                                   weight.stride_c, weight.stride_k, false);
+    pack_direct(packed, pack, block);
   });
   A* const partial =
       params.stats ? static_cast<A*>(thread_scratch(kScratchPartial, size_t(work.tasks) * 2 * g.k * sizeof(A))) : nullptr;
@@ -155,14 +166,10 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       out_rows = min64(work.band_rows, g.p - p0);
       out_cols = g.q;
       first_pixel = (image * g.p + p0) * g.q;
-      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
+      const int64_t reached = work.winograd ? round_up(out_rows, 2) : out_rows;
+      layout = make_band<M>(g.c, (reached - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
                       p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
-    }
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t col = taps_s[t] * g.dilation_w;
-      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
-                       kBlock<M>;
     }
     Epilogue<T> epilogue = {g.k,
                             static_cast<const A*>(params.bias),
@@ -173,8 +180,6 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
                             partial ? partial + task * 2 * g.k : nullptr,
                             partial ? partial + task * 2 * g.k + g.k : nullptr};
     if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
-    const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, pack.in_units};
-    const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
     Prefetcher next;
     if (task + 1 < work.tasks) {
       const T* const x = static_cast<const T*>(params.x);
@@ -193,12 +198,35 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
-      next.divide(pack.out_blocks * out_rows * tiles);
     }
-    for (int64_t block = 0; block < pack.out_blocks; ++block) {
-      const Unit* const w = packed + pack_block_offset<M>(pack, block);
+    const Unit* weights = packed;
+    PackLayout direct = pack;
+    if constexpr (kHasWinograd<M>)
+      if (work.winograd) {
+        if (winograd_band<M>(band, layout, packed, pack, out_rows, out_cols, first_pixel, epilogue, next)) {
+          if (streamed) stream_fence();
+          return;
+        }
+        if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
+        direct = make_pack<M>(g.c, g.k, taps);
+        Unit* const again =
+            static_cast<Unit*>(thread_scratch(kScratchDirectPack, size_t(pack_units<M>(direct)) * sizeof(Unit)));
+        for (int64_t block = 0; block < direct.out_blocks; ++block) pack_direct(again, direct, block);
+        weights = again;
+      }
+
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t col = taps_s[t] * g.dilation_w;
+      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
+                       kBlock<M>;
+    }
+    const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, direct.in_units};
+    next.divide(direct.out_blocks * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
+    for (int64_t block = 0; block < direct.out_blocks; ++block) {
+      const Unit* const w = weights + pack_block_offset<M>(direct, block);
       const int64_t channel = block * kOutBlock<A>;
-      const int vectors = pack_vectors<M>(pack, block);
+      const int vectors = pack_vectors<M>(direct, block);
+      const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
       int64_t done = 0;
       for (int64_t row = 0; row < out_rows; ++row)
         for (int64_t i = 0; i < tiles; ++i) {

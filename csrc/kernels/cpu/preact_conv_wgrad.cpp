@@ -1,10 +1,8 @@
 // dweight = sum over pixels of dy * act(x*scale + shift), the activation recomputed band by band and never stored.
 //
-// The reduction runs over pixels, so the register tile is [output channels][vectors of input channels], where a vector is
-// one block of input channels under one tap. Work is split over bands of images into a number of parts that depends on the
-// shape alone; every part has a partial result of its own, and these are added in order (deterministic split-K).
-#include "conv_engine.h"
+// Here directly, tap by tap; winograd_wgrad.h has the other way, wgrad_engine.h what both share.
 #include "primitives.h"
+#include "winograd_wgrad.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -14,131 +12,6 @@ namespace {
 // A unit is a pair of neighbouring pixels of one channel.
 struct ModePixelPair : ModeBf16Pair {};
 #endif
-
-constexpr int kTileVectors = 3;
-constexpr int tile_outputs(int vectors) {
-  return RF_VECTOR_REGISTERS == 32 ? (vectors == 3 ? 9 : 14) : (vectors == 3 ? 4 : 6);
-}
-
-template <typename M> struct GradTile {
-  const typename M::Unit* a[kTileVectors];
-  int64_t a_image, a_row;  // units from one image, one output row, to the next
-  const typename M::Unit* dy;
-  int64_t dy_image, dy_row, dy_pixel;
-  int64_t images, rows, cols;
-};
-
-// partial[k][v] += sum over the pixels of dy[k] * a[v]. The tile starts from zero: two-level summation.
-template <typename M, int NK, int NV>
-__attribute__((noinline)) void wgrad_tile(const GradTile<M>& t, typename M::A* partial) {
-  typedef typename M::A A;
-  constexpr int L = kLanes<A>;
-  Vec<A> acc[NK][NV];
-#pragma GCC unroll 16
-  for (int k = 0; k < NK; ++k)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[k][v] = Vec<A>{};
-  for (int64_t line = 0; line < t.images * t.rows; ++line) {
-    const int64_t image = line / t.rows, row = line % t.rows;
-    const typename M::Unit* d = t.dy + image * t.dy_image + row * t.dy_row;
-    const typename M::Unit* a[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) a[v] = t.a[v] + image * t.a_image + row * t.a_row;
-    for (int64_t col = 0; col < t.cols; ++col, d += t.dy_pixel) {
-      typename M::UnitVec av[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) av[v] = load_units<M>(a[v] + col * L);
-#pragma GCC unroll 16
-      for (int k = 0; k < NK; ++k) {
-        const typename M::Unit unit = d[k];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[k][v] = M::fma(acc[k][v], unit, av[v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < NK; ++k)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      A* const at = partial + (k * NV + v) * L;
-      store(at, load(at) + acc[k][v]);
-    }
-}
-
-template <typename M, int NV> void run_tile(int outputs, const GradTile<M>& t, typename M::A* partial) {
-  switch (outputs) {
-    case 1: return wgrad_tile<M, 1, NV>(t, partial);
-    case 2: return wgrad_tile<M, 2, NV>(t, partial);
-    case 3: return wgrad_tile<M, 3, NV>(t, partial);
-    case 4: return wgrad_tile<M, 4, NV>(t, partial);
-    default: break;
-  }
-  if constexpr (tile_outputs(NV) >= 6) {
-    if (outputs == 5) return wgrad_tile<M, 5, NV>(t, partial);
-    if (outputs == 6) return wgrad_tile<M, 6, NV>(t, partial);
-  }
-  if constexpr (tile_outputs(NV) >= 9) {
-    if (outputs == 7) return wgrad_tile<M, 7, NV>(t, partial);
-    if (outputs == 8) return wgrad_tile<M, 8, NV>(t, partial);
-    if (outputs == 9) return wgrad_tile<M, 9, NV>(t, partial);
-  }
-  if constexpr (tile_outputs(NV) >= 14) {
-    if (outputs == 10) return wgrad_tile<M, 10, NV>(t, partial);
-    if (outputs == 11) return wgrad_tile<M, 11, NV>(t, partial);
-    if (outputs == 12) return wgrad_tile<M, 12, NV>(t, partial);
-    if (outputs == 13) return wgrad_tile<M, 13, NV>(t, partial);
-    if (outputs == 14) return wgrad_tile<M, 14, NV>(t, partial);
-  }
-}
-
-// Pixels that a register tile should at least pass over before it is added to the partial result.
-constexpr int64_t kTilePass = 256;
-
-// How one primitive call is cut up; a function of the shape alone.
-struct WgradPlan {
-  bool pointwise;
-  int64_t pixels, chunk;     // pointwise: runs of pixels
-  int64_t bands, band_rows;  // otherwise: rows of an image,
-  int64_t images;            // or several whole images: a tile's sums cost a pass over the partial result
-  int64_t units, parts;
-  int64_t rows, cols;        // of the largest input band
-  int64_t blocks, slots;     // channel blocks; slot = tap * blocks + block
-};
-
-template <typename A> WgradPlan plan_wgrad(const ConvGeometry& g) {
-  WgradPlan plan = {};
-  constexpr int64_t L = kLanes<A>;
-  plan.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
-  plan.blocks = divide_up(g.c, L);
-  plan.slots = plan.blocks * g.r * g.s;
-  if (plan.pointwise) {
-    plan.pixels = g.n * g.h * g.w;
-    const int64_t pixel_bytes = (plan.blocks * L + g.k) * int64_t(sizeof(A));
-    plan.chunk = max64(64, min64(1024, kBandBytes / 2 / pixel_bytes / 8 * 8));
-    plan.units = divide_up(plan.pixels, plan.chunk);
-    plan.rows = 1;
-    plan.cols = plan.chunk;
-  } else {
-    const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-    plan.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
-    const int64_t row_bytes = plan.blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
-    plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
-    plan.bands = divide_up(g.p, plan.band_rows);
-    plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
-    plan.images = 1;
-    if (plan.bands == 1) {
-      const int64_t wanted = divide_up(kTilePass, g.p * g.q);
-      plan.images = max64(1, min64(min64(wanted, g.n), kBandBytes / max64(1, row_bytes * plan.rows)));
-    }
-    plan.units = divide_up(g.n, plan.images) * plan.bands;
-  }
-  const int64_t partial_bytes = plan.slots * L * g.k * int64_t(sizeof(A));
-  const int64_t most = max64(4, min64(64, (int64_t(32) << 20) / partial_bytes));
-  plan.parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
-  while (plan.parts * 2 <= most) plan.parts *= 2;
-  plan.parts = min64(plan.parts, plan.units);
-  return plan;
-}
 
 #if RF_LEVEL >= 3
 // A band as fill_band makes it, but of pairs of neighbouring slots (2j, 2j + 1) of each residue plane, [channel block][row]
@@ -218,42 +91,16 @@ template <typename M, typename T> struct Wgrad {
 
   // One band of rows or run of pixels, added to `partial` [slot group][k][vectors] and, if wanted, to dbias.
   void add_unit(int64_t unit, A* partial, A* dbias) const {
-    int64_t next_x = 0, next_dy = 0, past_x = 0, past_dy = 0;  // pixels that the next unit reads
+    const WgradUnit<T> u = wgrad_unit<T>(params, plan, unit);
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
-    const T* const x = static_cast<const T*>(params.x);
-    int64_t images = 1, out_rows = 1, out_cols, height = 1, width, row0 = 0, col0 = 0;
-    BandLayout layout;
-    const T* image;
-    const T* dy;
-    if (plan.pointwise) {
-      const int64_t first = unit * plan.chunk;
-      out_cols = width = min64(plan.chunk, plan.pixels - first);
-      layout = make_band<FillMode>(g.c, 1, out_cols, 1);
-      image = x + first * g.c;
-      dy = static_cast<const T*>(params.dy) + first * g.k;
-      next_x = next_dy = first + out_cols;
-      past_x = past_dy = min64(plan.pixels, next_x + plan.chunk);
-    } else {
-      const int64_t index = unit / plan.bands * plan.images, p0 = unit % plan.bands * plan.band_rows;
-      images = min64(plan.images, g.n - index);
-      out_rows = min64(plan.band_rows, g.p - p0);
-      out_cols = g.q;
-      height = g.h;
-      width = g.w;
-      row0 = p0 * g.stride_h - g.pad_h;
-      col0 = -g.pad_w;
-      layout = make_band<FillMode>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, plan.cols, g.stride_w);
-      image = x + index * g.h * g.w * g.c;
-      dy = static_cast<const T*>(params.dy) + (index * g.p + p0) * g.q * g.k;
-      // Rows that follow: they are of the next band, or of the next images.
-      next_x = min64(g.n * g.h, (index + images - 1) * g.h + max64(0, (p0 + out_rows) * g.stride_h)) * g.w;
-      past_x = min64(g.n * g.h * g.w, next_x + images * layout.rows * g.w);
-      next_dy = ((index + images - 1) * g.p + p0 + out_rows) * g.q;
-      past_dy = min64(g.n * g.p * g.q, next_dy + images * out_rows * g.q);
-    }
+    const int64_t images = u.images, out_rows = u.out_rows, out_cols = u.out_cols;
+    const BandLayout layout =
+        plan.pointwise
+            ? make_band<FillMode>(g.c, 1, out_cols, 1)
+            : make_band<FillMode>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, plan.cols, g.stride_w);
     // With several images per unit a band is a whole image, so their dy rows are contiguous.
     const int64_t dy_rows = images * out_rows;
-    if (dbias) add_bias(dbias, dy, dy_rows * out_cols);
+    if (dbias) add_bias(dbias, u.dy, dy_rows * out_cols, g.k);
 
     GradTile<M> tile = {};
     const Unit* a_base;
@@ -272,11 +119,11 @@ template <typename M, typename T> struct Wgrad {
           thread_scratch(kScratchTile, size_t(copy_stride * (odd ? 2 : 1) + dy_units) * sizeof(uint32_t)));
       for (int64_t i = 0; i < images; ++i) {
         uint32_t* const even = paired + i * tile.a_image;
-        fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, image + i * g.h * g.w * g.c, height, width,
-                   row0, col0, prologue);
+        fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, u.image + i * g.h * g.w * g.c, u.height, u.width,
+                   u.row0, u.col0, prologue);
       }
       uint32_t* const dy_pairs = paired + copy_stride * (odd ? 2 : 1);
-      pair_pixels(dy_pairs, dy, dy_rows, out_cols, g.k);
+      pair_pixels(dy_pairs, u.dy, dy_rows, out_cols, g.k);
       a_base = paired;
       tile.dy = dy_pairs;
       tile.cols = divide_up(out_cols, 2);
@@ -288,15 +135,15 @@ template <typename M, typename T> struct Wgrad {
       tile.a_image = band_units<FillMode>(layout);
       A* const bands = static_cast<A*>(thread_scratch(kScratchActivation, size_t(images * tile.a_image) * sizeof(A)));
       for (int64_t i = 0; i < images; ++i)
-        fill_band<FillMode, T>(bands + i * tile.a_image, layout, image + i * g.h * g.w * g.c, height, width, row0, col0,
-                               prologue);
+        fill_band<FillMode, T>(bands + i * tile.a_image, layout, u.image + i * g.h * g.w * g.c, u.height, u.width, u.row0,
+                               u.col0, prologue);
       a_base = bands;
       tile.cols = out_cols;
       if constexpr (sizeof(T) == sizeof(A)) {
-        tile.dy = dy;
+        tile.dy = u.dy;
       } else {
         A* const widened = static_cast<A*>(thread_scratch(kScratchTile, size_t(dy_rows * out_cols * g.k) * sizeof(A)));
-        for (int64_t i = 0; i < dy_rows * out_cols * g.k; ++i) widened[i] = load1(dy + i);
+        for (int64_t i = 0; i < dy_rows * out_cols * g.k; ++i) widened[i] = load1(u.dy + i);
         tile.dy = widened;
       }
     }
@@ -314,9 +161,7 @@ template <typename M, typename T> struct Wgrad {
         plan.pointwise ? max64(kTilePass / 4, 24 * 1024 / max64(1, (layout.blocks * L + g.k) * int64_t(sizeof(Unit)))) : tile.cols;
     const int64_t all_cols = tile.cols;
     const Unit* const dy_base = tile.dy;
-    Prefetcher next;
-    next.add(x + next_x * g.c, x + past_x * g.c);
-    next.add(static_cast<const T*>(params.dy) + next_dy * g.k, static_cast<const T*>(params.dy) + past_dy * g.k);
+    Prefetcher next = u.next;
     next.divide(divide_up(out_rows, step) * divide_up(all_cols, col_step) * divide_up(plan.slots, vectors_at(0)) *
                 divide_up(g.k, int64_t(tile_outputs(int(vectors_at(0))))));
     for (int64_t row = 0; row < out_rows; row += step)
@@ -364,22 +209,6 @@ template <typename M, typename T> struct Wgrad {
     return false;
   }
 
-  void add_bias(A* dbias, const T* dy, int64_t pixels) const {
-    for (int64_t k = 0; k < g.k; k += L) {
-      if (g.k - k >= L) {
-        Vec<A> sum = {};
-        for (int64_t p = 0; p < pixels; ++p) sum += load(dy + p * g.k + k);
-        store(dbias + k, load(dbias + k) + sum);
-      } else {
-        for (int64_t lane = k; lane < g.k; ++lane) {
-          A sum = 0;
-          for (int64_t p = 0; p < pixels; ++p) sum += load1(dy + p * g.k + lane);
-          dbias[lane] += sum;
-        }
-      }
-    }
-  }
-
   void run() const {
     const int64_t partial_size = plan.slots * L * g.k, stride = partial_size + g.k;
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
@@ -397,38 +226,26 @@ template <typename M, typename T> struct Wgrad {
       int64_t group = 0;
       while (group + vectors_at(group) <= slot) group += vectors_at(group);
       const int64_t vectors = vectors_at(group), tap = slot / plan.blocks, channel = slot % plan.blocks * L;
-      const int64_t lanes = min64(L, g.c - channel);
       const int64_t base = tap / g.s * layout.stride_r + tap % g.s * layout.stride_s + channel * layout.stride_c;
       for (int64_t k = 0; k < g.k; ++k) {
         const A* from = partials + (group * g.k + k * vectors + slot - group) * L;
         Vec<A> sum = load(from);
         for (int64_t part = 1; part < plan.parts; ++part) sum += load(from + part * stride);
-        A lane_sum[L];
-        store(lane_sum, sum);
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t at = base + k * layout.stride_k + lane * layout.stride_c;
-          if (layout.is_acc)
-            static_cast<A*>(params.dweight)[at] = lane_sum[lane];
-          else
-            store1(static_cast<T*>(params.dweight) + at, lane_sum[lane]);
-        }
+        write_weight<T>(params.dweight, layout, base + k * layout.stride_k, sum, min64(L, g.c - channel));
       }
     });
-    if (params.dbias) {
-      A* const dbias = static_cast<A*>(params.dbias);
-      for (int64_t k = 0; k < g.k; ++k) {
-        A sum = 0;
-        for (int64_t part = 0; part < plan.parts; ++part) sum += partials[part * stride + partial_size + k];
-        dbias[k] = sum;
-      }
-    }
+    if (params.dbias)
+      finish_bias(static_cast<A*>(params.dbias), partials + partial_size, stride, plan.parts, g.k);
   }
 };
 
 }  // namespace
 
 template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params) {
-  const WgradPlan plan = plan_wgrad<Acc<T>>(params.g);
+  typedef typename ModeOf<T>::type M;
+  if constexpr (kHasWinograd<M>)
+    if (winograd_fits<M>(params.g) && winograd_wgrad<T>(params)) return;
+  const WgradPlan plan = plan_wgrad<Acc<T>>(params.g, false);
 #if RF_LEVEL >= 3
   // With an odd width a pair would take in a pixel that belongs to no product, and 0 * Inf is NaN.
   if constexpr (sizeof(T) == 2)

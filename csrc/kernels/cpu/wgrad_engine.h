@@ -1,0 +1,232 @@
+// What the two weight-gradient algorithms share: how the work is cut up, and the register tile.
+//
+// The reduction runs over pixels, so the register tile is [output channels][vectors of input channels], where a vector is
+// one block of input channels under one tap. Work is split over bands of images into a number of parts that depends on the
+// shape alone; every part has a partial result of its own, and these are added in order (deterministic split-K).
+#pragma once
+
+#include "conv_engine.h"
+#include "winograd.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+constexpr int kTileVectors = 3;
+constexpr int tile_outputs(int vectors) {
+  return RF_VECTOR_REGISTERS == 32 ? (vectors == 3 ? 9 : 14) : (vectors == 3 ? 4 : 6);
+}
+
+template <typename M> struct GradTile {
+  const typename M::Unit* a[kTileVectors];
+  int64_t a_image, a_row;  // units from one image, one output row, to the next
+  const typename M::Unit* dy;
+  int64_t dy_image, dy_row, dy_pixel;
+  int64_t images, rows, cols;
+};
+
+// partial[k][v] += sum over the pixels of dy[k] * a[v]. The tile starts from zero: two-level summation.
+template <typename M, int NK, int NV>
+__attribute__((noinline)) void wgrad_tile(const GradTile<M>& t, typename M::A* partial) {
+  typedef typename M::A A;
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[NK][NV];
+#pragma GCC unroll 16
+  for (int k = 0; k < NK; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[k][v] = Vec<A>{};
+  for (int64_t line = 0; line < t.images * t.rows; ++line) {
+    const int64_t image = line / t.rows, row = line % t.rows;
+    const typename M::Unit* d = t.dy + image * t.dy_image + row * t.dy_row;
+    const typename M::Unit* a[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) a[v] = t.a[v] + image * t.a_image + row * t.a_row;
+    for (int64_t col = 0; col < t.cols; ++col, d += t.dy_pixel) {
+      typename M::UnitVec av[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) av[v] = load_units<M>(a[v] + col * L);
+#pragma GCC unroll 16
+      for (int k = 0; k < NK; ++k) {
+        const typename M::Unit unit = d[k];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[k][v] = M::fma(acc[k][v], unit, av[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < NK; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      A* const at = partial + (k * NV + v) * L;
+      store(at, load(at) + acc[k][v]);
+    }
+}
+
+template <typename M, int NV> static void run_tile(int outputs, const GradTile<M>& t, typename M::A* partial) {
+  switch (outputs) {
+    case 1: return wgrad_tile<M, 1, NV>(t, partial);
+    case 2: return wgrad_tile<M, 2, NV>(t, partial);
+    case 3: return wgrad_tile<M, 3, NV>(t, partial);
+    case 4: return wgrad_tile<M, 4, NV>(t, partial);
+    default: break;
+  }
+  if constexpr (tile_outputs(NV) >= 6) {
+    if (outputs == 5) return wgrad_tile<M, 5, NV>(t, partial);
+    if (outputs == 6) return wgrad_tile<M, 6, NV>(t, partial);
+  }
+  if constexpr (tile_outputs(NV) >= 9) {
+    if (outputs == 7) return wgrad_tile<M, 7, NV>(t, partial);
+    if (outputs == 8) return wgrad_tile<M, 8, NV>(t, partial);
+    if (outputs == 9) return wgrad_tile<M, 9, NV>(t, partial);
+  }
+  if constexpr (tile_outputs(NV) >= 14) {
+    if (outputs == 10) return wgrad_tile<M, 10, NV>(t, partial);
+    if (outputs == 11) return wgrad_tile<M, 11, NV>(t, partial);
+    if (outputs == 12) return wgrad_tile<M, 12, NV>(t, partial);
+    if (outputs == 13) return wgrad_tile<M, 13, NV>(t, partial);
+    if (outputs == 14) return wgrad_tile<M, 14, NV>(t, partial);
+  }
+}
+
+// Pixels that a register tile should at least pass over before it is added to the partial result.
+constexpr int64_t kTilePass = 256;
+
+// Tiles of Winograd's that a part should at least have: its 16 sums per weight are written, read and added once more.
+constexpr int64_t kPartTiles = 256;
+
+// How one primitive call is cut up; a function of the shape alone.
+struct WgradPlan {
+  bool pointwise;
+  bool winograd;
+  int64_t pixels, chunk;     // pointwise: runs of pixels
+  int64_t bands, band_rows;  // otherwise: rows of an image,
+  int64_t images;            // or several whole images: a tile's sums cost a pass over the partial result
+  int64_t units, parts;
+  int64_t rows, cols;        // of the largest input band
+  int64_t blocks, slots;     // channel blocks; slot = tap * blocks + block
+};
+
+template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, bool winograd) {
+  WgradPlan plan = {};
+  plan.winograd = winograd;
+  constexpr int64_t L = kLanes<A>;
+  plan.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  plan.blocks = divide_up(g.c, L);
+  plan.slots = plan.blocks * (winograd ? kWinogradPositions : g.r * g.s);
+  if (plan.pointwise) {
+    plan.pixels = g.n * g.h * g.w;
+    const int64_t pixel_bytes = (plan.blocks * L + g.k) * int64_t(sizeof(A));
+    plan.chunk = max64(64, min64(1024, kBandBytes / 2 / pixel_bytes / 8 * 8));
+    plan.units = divide_up(plan.pixels, plan.chunk);
+    plan.rows = 1;
+    plan.cols = plan.chunk;
+  } else {
+    const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
+    plan.cols = winograd ? round_up(g.q, 2) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+    const int64_t row_bytes = plan.blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
+    plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+    if (winograd) plan.band_rows = round_up(plan.band_rows, 2);
+    plan.bands = divide_up(g.p, plan.band_rows);
+    plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
+    plan.images = 1;
+    if (plan.bands == 1) {
+      const int64_t wanted = divide_up(kTilePass, g.p * g.q);
+      plan.images = max64(1, min64(min64(wanted, g.n), kBandBytes / max64(1, row_bytes * plan.rows)));
+    }
+    plan.units = divide_up(g.n, plan.images) * plan.bands;
+  }
+  const int64_t partial_bytes = plan.slots * L * g.k * int64_t(sizeof(A));
+  int64_t most = max64(4, min64(64, (int64_t(32) << 20) / partial_bytes));
+  if (winograd) most = max64(4, min64(most, g.n * divide_up(g.p, 2) * divide_up(g.q, 2) / kPartTiles));
+  plan.parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
+  while (plan.parts * 2 <= most) plan.parts *= 2;
+  plan.parts = min64(plan.parts, plan.units);
+  return plan;
+}
+
+// What one unit of work reads, and what the next one will.
+template <typename T> struct WgradUnit {
+  int64_t images, out_rows, out_cols;
+  int64_t height, width, row0, col0;  // the band's place in its image
+  const T* image;
+  const T* dy;
+  Prefetcher next;
+};
+
+template <typename T>
+static WgradUnit<T> wgrad_unit(const PreactConvWgradParams& params, const WgradPlan& plan, int64_t unit) {
+  const ConvGeometry& g = params.g;
+  const T* const x = static_cast<const T*>(params.x);
+  const T* const dy = static_cast<const T*>(params.dy);
+  WgradUnit<T> u = {1, 1, 0, 1, 0, 0, 0, nullptr, nullptr, {}};
+  int64_t next_x, next_dy, past_x, past_dy;  // pixels that the next unit reads
+  if (plan.pointwise) {
+    const int64_t first = unit * plan.chunk;
+    u.out_cols = u.width = min64(plan.chunk, plan.pixels - first);
+    u.image = x + first * g.c;
+    u.dy = dy + first * g.k;
+    next_x = next_dy = first + u.out_cols;
+    past_x = past_dy = min64(plan.pixels, next_x + plan.chunk);
+  } else {
+    const int64_t index = unit / plan.bands * plan.images, p0 = unit % plan.bands * plan.band_rows;
+    u.images = min64(plan.images, g.n - index);
+    u.out_rows = min64(plan.band_rows, g.p - p0);
+    u.out_cols = g.q;
+    u.height = g.h;
+    u.width = g.w;
+    u.row0 = p0 * g.stride_h - g.pad_h;
+    u.col0 = -g.pad_w;
+    u.image = x + index * g.h * g.w * g.c;
+    u.dy = dy + (index * g.p + p0) * g.q * g.k;
+    // Rows that follow: they are of the next band, or of the next images.
+    next_x = min64(g.n * g.h, (index + u.images - 1) * g.h + max64(0, (p0 + u.out_rows) * g.stride_h)) * g.w;
+    past_x = min64(g.n * g.h * g.w, next_x + u.images * plan.rows * g.w);
+    next_dy = ((index + u.images - 1) * g.p + p0 + u.out_rows) * g.q;
+    past_dy = min64(g.n * g.p * g.q, next_dy + u.images * u.out_rows * g.q);
+  }
+  u.next.add(x + next_x * g.c, x + past_x * g.c);
+  u.next.add(dy + next_dy * g.k, dy + past_dy * g.k);
+  return u;
+}
+
+template <typename T> static void add_bias(Acc<T>* dbias, const T* dy, int64_t pixels, int64_t channels) {
+  typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
+  for (int64_t k = 0; k < channels; k += L) {
+    if (channels - k >= L) {
+      Vec<A> sum = {};
+      for (int64_t p = 0; p < pixels; ++p) sum += load(dy + p * channels + k);
+      store(dbias + k, load(dbias + k) + sum);
+    } else {
+      for (int64_t lane = k; lane < channels; ++lane) {
+        A sum = 0;
+        for (int64_t p = 0; p < pixels; ++p) sum += load1(dy + p * channels + lane);
+        dbias[lane] += sum;
+      }
+    }
+  }
+}
+
+// The parts' dbias in order, whichever thread made them; `partials`: the first part's, `stride` from part to part.
+template <typename A> static void finish_bias(A* dbias, const A* partials, int64_t stride, int64_t parts, int64_t channels) {
+  for (int64_t k = 0; k < channels; ++k) {
+    A sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += partials[part * stride + k];
+    dbias[k] = sum;
+  }
+}
+
+// The first `lanes` of a vector of input channels into dweight, rounded to its dtype.
+template <typename T>
+RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t at, Vec<Acc<T>> value, int64_t lanes) {
+  Acc<T> lane_value[kLanes<Acc<T>>];
+  store(lane_value, value);
+  for (int64_t lane = 0; lane < lanes; ++lane, at += layout.stride_c) {
+    if (layout.is_acc)
+      static_cast<Acc<T>*>(dweight)[at] = lane_value[lane];
+    else
+      store1(static_cast<T*>(dweight) + at, lane_value[lane]);
+  }
+}
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused
