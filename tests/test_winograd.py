@@ -1,6 +1,6 @@
-"""3x3 convolutions with stride 1 in float32 arithmetic, which the C++ kernels compute by Winograd's filtering: what
-distinguishes it from the direct convolution. Its tiles of 2x2 outputs at odd borders, in several bands and pieces of rows;
-an Inf or a NaN, which a transform would spread over a tile; values that overflow in a transform alone.
+"""3x3 convolutions with stride 1, which the C++ kernels compute by Winograd's filtering: what distinguishes it from the
+direct convolution. Its tiles of 2x2 or 4x4 outputs at odd borders, in several bands and pieces of rows; an Inf or a NaN,
+which a transform would spread over a tile; values that overflow in a transform alone; sums that are 0.
 """
 
 from typing import NamedTuple
@@ -35,6 +35,7 @@ SHAPES = [
     Shape(2, 64, 41, 64, 16),  # several bands of rows
     Shape(2, 8, 5, 139, 8),  # several pieces of a row of tiles
 ]
+DTYPES = [torch.float32, torch.bfloat16]
 ids = ["x".join(map(str, shape)) for shape in SHAPES]
 
 
@@ -45,19 +46,19 @@ def identity_bn(c):
     return bn
 
 
-def tensors(shape, make):
+def tensors(shape, make, dtype):
     """x, dy and the weight."""
     n, c, h, w, k, padding = shape
     p, q = h + 2 * padding - 2, w + 2 * padding - 2
-    x, dy = (make(*size).contiguous(memory_format=CL) for size in ((n, c, h, w), (n, k, p, q)))
-    return x, dy, make(k, c, 3, 3)
+    x, dy = (make(*size).to(dtype).contiguous(memory_format=CL) for size in ((n, c, h, w), (n, k, p, q)))
+    return x, dy, make(k, c, 3, 3).to(dtype)
 
 
 def all_three(x, dy, weight, padding):
     """y of the plain convolution (bn None), dz and dweight of it after a ReLU."""
     stride, dilation = GEOMETRY
     at = (stride, (padding, padding), dilation, 1)
-    bn = identity_bn(x.shape[1]).to(x.dtype)
+    bn = identity_bn(x.shape[1])
     y, _ = primitives.preact_conv_forward(x, None, weight, None, None, 0.0, *at, False)
     dz, _ = primitives.preact_conv_dgrad(dy, weight, x, bn, None, 0.0, *at)
     dweight, _ = primitives.preact_conv_wgrad(dy, x, bn, weight, 0.0, *at, False)
@@ -73,9 +74,10 @@ def plain_three(x, dy, weight, padding):
     return {"y": F.conv2d(x, weight, None, 1, padding), "dz": torch.where(x <= 0, 0.0, da), "dweight": dweight}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_against_the_oracle(shape):
-    given = tensors(shape, torch.randn)
+def test_against_the_oracle(shape, dtype):
+    given = tensors(shape, torch.randn, dtype)
     plain = plain_three(*given, shape.padding)
     oracle = plain_three(*(t.double() for t in given), shape.padding)
 
@@ -86,25 +88,28 @@ def test_against_the_oracle(shape):
     on_every_backend(check)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_small_integers_are_exact(shape):
-    """The transforms' constants are 0, 1, -1 and 1/2."""
-    given = tensors(shape, lambda *size: torch.randint(-3, 4, size).float())
+def test_small_integers_are_exact(shape, dtype):
+    """In float32 the constants are 0, 1, -1 and 1/2; in bfloat16 sums are rounded to a grid, and then to bfloat16."""
+    given = tensors(shape, lambda *size: torch.randint(-3, 4, size), dtype)
     oracle = plain_three(*(t.double() for t in given), shape.padding)
+    assert all((t == 0).any() for t in oracle.values())
 
     def check(backend):
         for name, value in all_three(*given, shape.padding).items():
-            assert torch.equal(value.double(), oracle[name]), name
+            assert torch.equal(value.double(), oracle[name].to(dtype).double()), name
 
     on_every_backend(check)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["x", "dy", "weight"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
-def test_not_finite(where, value):
+def test_not_finite(where, value, dtype):
     """One value that is not finite reaches the outputs that depend on it and no other."""
     shape = Shape(3, 16, 9, 10, 16)
-    x, dy, weight = given = tensors(shape, torch.randn)
+    x, dy, weight = given = tensors(shape, torch.randn, dtype)
     {"x": x[1, 5, 4], "dy": dy[1, 5, 4], "weight": weight[5, 3, 1]}[where][1] = value
     plain = plain_three(*given, shape.padding)
     oracle = plain_three(*(t.double() for t in given), shape.padding)
@@ -120,11 +125,12 @@ def test_not_finite(where, value):
     on_every_backend(check)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
-def test_overflow_inside_only(where):
+def test_overflow_inside_only(where, dtype):
     """Sums of four inputs overflow in a transform where the convolution itself does not."""
     shape = Shape(2, 16, 8, 8, 16)
-    x, dy, weight = tensors(shape, torch.randn)
+    x, dy, weight = tensors(shape, torch.randn, dtype)
     weight *= 1e-6
     if where == "x":
         x = torch.full_like(x, 2e38)
@@ -145,8 +151,9 @@ def test_overflow_inside_only(where):
     on_every_backend(check)
 
 
-def test_same_bits_with_any_number_of_threads(cpu_library, threads):
-    given = tensors(Shape(70, 16, 4, 6, 40), torch.randn)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_with_any_number_of_threads(cpu_library, threads, dtype):
+    given = tensors(Shape(70, 16, 4, 6, 40), torch.randn, dtype)
     results = []
     for count in (1, 2, 5, 2):
         threads(count)

@@ -25,7 +25,7 @@ enum ScratchSlot {
   kScratchPack,
   kScratchPartial,
   kScratchWinograd,
-  kScratchDirectPack,
+  kScratchFlags,
   kScratchSlots
 };
 void* thread_scratch(ScratchSlot slot, size_t bytes);

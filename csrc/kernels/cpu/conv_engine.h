@@ -122,15 +122,33 @@ RF_INLINE Vec<Acc<T>> load_activation(const T* x, int64_t channel, int valid, co
   return load(buffer);
 }
 
+// Notes the largest magnitude that goes into a band, or does not.
+struct NotLargest {
+  template <typename V> RF_INLINE_METHOD void see(V) {}
+};
+struct Largest {
+  vfloat lanes = {};
+  RF_INLINE_METHOD void see(vfloat v) {
+    const vfloat magnitude = (vfloat)((vuint32)v & 0x7fffffffu);
+    lanes = magnitude > lanes ? magnitude : lanes;
+  }
+  float value() const {
+    float largest = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    return largest;
+  }
+};
+
 // Writes one block (a vector of units) of one pixel.
-template <typename M, typename T>
+template <typename M, typename T, typename Note>
 RF_INLINE void fill_block(typename M::Unit* dst, const T* x, int64_t channel, int64_t channels,
-                          const Prologue<Acc<T>>& pro) {
+                          const Prologue<Acc<T>>& pro, Note& note) {
   typedef Acc<T> A;
   constexpr int L = kLanes<A>;
   if constexpr (M::kUnitChannels == 1) {
-    const Vec<A> v = load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro);
-    store(dst, rounded<T>(v));
+    const Vec<A> v = rounded_activation<T>(load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro));
+    store(dst, v);
+    note.see(v);
   } else {
     T* out = reinterpret_cast<T*>(dst);
     if (!pro.scale && channels - channel >= 2 * L) {
@@ -149,9 +167,9 @@ RF_INLINE void fill_block(typename M::Unit* dst, const T* x, int64_t channel, in
 }
 
 // Fills a band from an image [height, width, channels]. Outside the image: zero, for padding comes after the activation.
-template <typename M, typename T>
-static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* image, int64_t height, int64_t width,
-                      int64_t row0, int64_t col0, const Prologue<Acc<T>>& pro) {
+template <typename M, typename T, typename Note = NotLargest>
+static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* image, int64_t height, int64_t width,
+                      int64_t row0, int64_t col0, const Prologue<Acc<T>>& pro, Note note = {}) {
   constexpr int B = kBlock<M>;
   const int64_t block_channels = int64_t(B) * M::kUnitChannels;
   const int64_t inside_begin = min64(b.cols, max64(0, -col0)), inside_end = max64(inside_begin, min64(b.cols, width - col0));
@@ -168,16 +186,17 @@ static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
       if (b.col_stride == 1) {
         memset(out, 0, size_t(inside_begin) * B * sizeof(typename M::Unit));
         for (int64_t j = inside_begin; j < inside_end; ++j)
-          fill_block<M, T>(out + j * B, in + j * b.channels, channel, b.channels, pro);
+          fill_block<M, T>(out + j * B, in + j * b.channels, channel, b.channels, pro, note);
         memset(out + inside_end * B, 0, size_t(b.slots - inside_end) * B * sizeof(typename M::Unit));
       } else {
         memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
         for (int64_t j = inside_begin; j < inside_end; ++j)
           fill_block<M, T>(out + ((j % b.col_stride) * b.plane + j / b.col_stride) * B, in + j * b.channels, channel,
-                           b.channels, pro);
+                           b.channels, pro, note);
       }
     }
   }
+  return note;
 }
 
 // ---------------------------------------------------------------------------------------------------------- weights

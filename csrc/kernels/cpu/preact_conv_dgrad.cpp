@@ -95,9 +95,56 @@ template <typename T> struct Epilogue {
   }
 };
 
+// One task's epilogue, its sums at zero. lines: see store_column.
+template <typename T>
+Epilogue<T> start_epilogue(const PreactConvDgradParams& params, int64_t task, Acc<T>* partial, bool streamed) {
+  const ConvGeometry& g = params.g;
+  Acc<T>* const sums = partial + task * 2 * g.c;
+  memset(sums, 0, size_t(2 * g.c) * sizeof(Acc<T>));
+  return {g.c,
+          static_cast<const T*>(params.x),
+          static_cast<const Acc<T>*>(params.bn),
+          Acc<T>(params.slope),
+          params.slope == 0,
+          static_cast<const T*>(params.dz_in),
+          static_cast<T*>(params.dz),
+          streamed,
+          static_cast<T*>(thread_scratch(kScratchTile, size_t(kRunPixels) * 2 * kLanes<Acc<T>> * sizeof(T))),
+          sums,
+          sums + g.c,
+          g.stride_w};
+}
+template <typename A> A* partial_sums(const PreactConvDgradParams& params, int64_t tasks) {
+  return static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * params.g.c * sizeof(A)));
+}
+// In the order of the tasks, whichever thread ran them.
+template <typename A> void add_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks) {
+  const int64_t size = 2 * params.g.c;
+  A* const sums = static_cast<A*>(params.sums);
+  memset(sums, 0, size_t(size) * sizeof(A));
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < size; ++c) sums[c] += partial[task * size + c];
+}
+
+// Returns false, with everything to be computed again, if not all sums were finite.
+template <typename T> bool winograd_dgrad(const PreactConvDgradParams& params) {
+  const ConvGeometry& g = params.g;
+  const WinogradPlan plan = plan_winograd<T>({g.n, g.k, g.c, g.p, g.q, g.h, g.w, g.pad_h - 2, g.pad_w - 2});
+  float* const partial = partial_sums<float>(params, plan.tasks);
+  const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
+  const bool finite = winograd_convolution<T>(
+      params.parallel, plan, static_cast<const T*>(params.dy), make_prologue<float>(nullptr, g.k, 0), params.weight,
+      params.weight_layout, true, {static_cast<const T*>(params.x), static_cast<const T*>(params.dz_in)},
+      [&](int64_t task) { return start_epilogue<T>(params, task, partial, streamed); });
+  if (finite) add_partial_sums(params, partial, plan.tasks);
+  return finite;
+}
+
 }  // namespace
 
 template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params) {
+  if constexpr (kHasWinograd<T>)
+    if (winograd_fits<T>(params.g) && winograd_dgrad<T>(params)) return;
   typedef typename ModeOf<T>::type M;
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
@@ -115,21 +162,17 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const Extent eh = extent_of(g.r, g.stride_h, g.pad_h, g.dilation_h);
   const Extent ew = extent_of(g.s, g.stride_w, g.pad_w, g.dilation_w);
   const int64_t index_rows = divide_up(g.h, g.stride_h), index_cols = divide_up(g.w, g.stride_w);
-  // Winograd computes whole tiles of 2x2.
-  const bool winograd = winograd_fits<M>(g);
-  const int64_t whole_tiles = winograd ? 2 : 1;
-  const int64_t band_cols = pointwise ? chunk : round_up(index_cols, whole_tiles) + ew.most - ew.least;
+  const int64_t band_cols = pointwise ? chunk : index_cols + ew.most - ew.least;
   const int64_t band_rows =
-      pointwise
-          ? 1
-          : round_up(rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least), whole_tiles);
+      pointwise ? 1 : rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least);
   const int64_t bands = divide_up(index_rows, band_rows);
   const int64_t tasks = pointwise ? divide_up(pixels, chunk) : g.n * bands;
-  const BandLayout largest = make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
+  const BandLayout largest =
+      make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
 
   // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]). Each phase has packed weights of its own.
   const int64_t taps = g.r * g.s;
-  const PackLayout whole = make_pack<M>(g.k, g.c, winograd ? kWinogradPositions : taps);
+  const PackLayout whole = make_pack<M>(g.k, g.c, taps);
   const int64_t packed_units = pack_units<M>(whole);
   char* const shared = static_cast<char*>(thread_scratch(
       kScratchPack, size_t(packed_units) * sizeof(Unit) + size_t(phases + 1 + 2 * taps) * sizeof(int64_t) +
@@ -156,44 +199,23 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   }
   phase_begin[phases] = found;
   const int64_t tap_units = whole.out_blocks * whole.in_units * kOutBlock<A>;  // packed units of one tap, all blocks
-  const WeightLayout& weight = params.weight_layout;
-  const auto pack_direct = [&](Unit* to, int64_t phase, int64_t block) {
+  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
+    const int64_t phase = task / whole.out_blocks, block = task % whole.out_blocks;
     const int64_t first = phase_begin[phase];
     const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
-    pack_block<M, T>(to + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight, weight,
-                     weight.stride_k, weight.stride_c, taps_r + first, taps_s + first);
-  };
-  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
-    if constexpr (kHasWinograd<M>)
-      if (winograd)
-        return pack_winograd<M, T>(packed + pack_block_offset<M>(whole, task), whole, task, params.weight, weight,
-                                   weight.stride_k, weight.stride_c, true);
-    pack_direct(packed, task / whole.out_blocks, task % whole.out_blocks);
+    pack_block<M, T>(packed + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight,
+                     params.weight_layout, params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r + first,
+                     taps_s + first);
   });
 
   const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
-  A* const partial = static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * g.c * sizeof(A)));
+  A* const partial = partial_sums<A>(params, tasks);
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
-    T* const lines = static_cast<T*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * kLanes<A> * sizeof(T)));
-    A* const sums = partial + task * 2 * g.c;
-    memset(sums, 0, size_t(2 * g.c) * sizeof(A));
-
-    const Epilogue<T> epilogue = {g.c,
-                                  static_cast<const T*>(params.x),
-                                  static_cast<const A*>(params.bn),
-                                  A(params.slope),
-                                  params.slope == 0,
-                                  static_cast<const T*>(params.dz_in),
-                                  static_cast<T*>(params.dz),
-                                  streamed,
-                                  lines,
-                                  sums,
-                                  sums + g.c,
-                                  g.stride_w};
+    const Epilogue<T> epilogue = start_epilogue<T>(params, task, partial, streamed);
     int64_t image = 0, row0 = 0, rows = 1;
     BandLayout layout;
     if (pointwise) {
@@ -203,7 +225,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       image = task / bands;
       row0 = task % bands * band_rows;
       rows = min64(band_rows, index_rows - row0);
-      layout = make_band<M>(g.k, round_up(rows, whole_tiles) + eh.most - eh.least, band_cols, 1);
+      layout = make_band<M>(g.k, rows + eh.most - eh.least, band_cols, 1);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + image * g.p * g.q * g.k, g.p, g.q,
                       row0 + eh.least, ew.least, none);
     }
@@ -226,21 +248,8 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       next.add(dy + begin * g.k, dy + end * g.k);
       next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
+      next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     }
-    const Unit* weights = packed;
-    if constexpr (kHasWinograd<M>)
-      if (winograd) {
-        if (winograd_band<M>(band, layout, packed, whole, rows, g.w, (image * g.h + row0) * g.w, epilogue, next)) {
-          if (streamed) stream_fence();
-          return;
-        }
-        memset(sums, 0, size_t(2 * g.c) * sizeof(A));
-        Unit* const again =
-            static_cast<Unit*>(thread_scratch(kScratchDirectPack, size_t(taps * tap_units) * sizeof(Unit)));
-        for (int64_t block = 0; block < whole.out_blocks; ++block) pack_direct(again, 0, block);
-        weights = again;
-      }
-    next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
       const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
@@ -248,7 +257,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
       if (cols <= 0) continue;
       for (int64_t block = 0; block < pack.out_blocks; ++block) {
-        const Unit* const w = weights + first * tap_units + pack_block_offset<M>(pack, block);
+        const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
         const int64_t tiles = divide_up(cols, int64_t(kTilePixels));
@@ -270,10 +279,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
     if (streamed) stream_fence();
   });
 
-  A* const sums = static_cast<A*>(params.sums);  // in the order of the tasks, whichever thread ran them
-  memset(sums, 0, size_t(2 * g.c) * sizeof(A));
-  for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t c = 0; c < 2 * g.c; ++c) sums[c] += partial[task * 2 * g.c + c];
+  add_partial_sums(params, partial, tasks);
 }
 
 template void preact_conv_dgrad<float>(const PreactConvDgradParams&);

@@ -12,7 +12,6 @@ namespace {
 // padding), a run of pixels that need not respect image borders.
 struct Work {
   bool pointwise;
-  bool winograd;
   int64_t tasks;
   int64_t pixels, chunk;       // pointwise
   int64_t bands, band_rows;    // otherwise
@@ -32,12 +31,10 @@ template <typename M> Work plan_work(const ConvGeometry& g) {
     work.cols = work.chunk;
     return work;
   }
-  work.winograd = winograd_fits<M>(g);
   const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-  work.cols = work.winograd ? round_up(g.q, 2) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+  work.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
   const int64_t row_bytes = blocks * round_up(work.cols, g.stride_w) * RF_VECTOR_BYTES;
   work.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
-  if (work.winograd) work.band_rows = round_up(work.band_rows, 2);
   work.bands = divide_up(g.p, work.band_rows);
   work.tasks = g.n * work.bands;
   work.rows = (work.band_rows - 1) * g.stride_h + halo_h;
@@ -109,9 +106,61 @@ template <typename T> struct Epilogue {
   }
 };
 
+// One task's epilogue, its statistics at zero. lines: see store_column.
+template <typename T>
+Epilogue<T> start_epilogue(const PreactConvForwardParams& params, int64_t task, Acc<T>* partial, bool streamed) {
+  const int64_t k = params.g.k;
+  Acc<T>* const mean = partial ? partial + task * 2 * k : nullptr;
+  if (mean) memset(mean, 0, size_t(2 * k) * sizeof(Acc<T>));
+  return {k,
+          static_cast<const Acc<T>*>(params.bias),
+          static_cast<const T*>(params.residual),
+          static_cast<T*>(params.y),
+          streamed,
+          static_cast<T*>(thread_scratch(kScratchTile, size_t(kRunPixels) * 2 * kLanes<Acc<T>> * sizeof(T))),
+          mean,
+          mean ? mean + k : nullptr};
+}
+template <typename A> A* partial_stats(const PreactConvForwardParams& params, int64_t tasks) {
+  if (!params.stats) return nullptr;
+  return static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * params.g.k * sizeof(A)));
+}
+// In the order of the tasks, whichever thread ran them.
+template <typename A, typename Pixels>
+void merge_partial_stats(const PreactConvForwardParams& params, const A* partial, int64_t tasks, const Pixels& pixels_of) {
+  if (!params.stats) return;
+  const int64_t channels = params.g.k;
+  A* const mean = static_cast<A*>(params.stats);
+  A* const m2 = mean + channels;
+  memset(mean, 0, size_t(2 * channels) * sizeof(A));
+  A count = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    const A pixels = A(pixels_of(task));
+    const A* const from = partial + task * 2 * channels;
+    for (int64_t k = 0; k < channels; ++k) merge_stats(count, mean[k], m2[k], pixels, from[k], from[channels + k]);
+    count += pixels;
+  }
+}
+
+// Returns false, with everything to be computed again, if not all sums were finite.
+template <typename T> bool winograd_forward(const PreactConvForwardParams& params) {
+  const ConvGeometry& g = params.g;
+  const WinogradPlan plan = plan_winograd<T>({g.n, g.c, g.k, g.h, g.w, g.p, g.q, -g.pad_h, -g.pad_w});
+  float* const partial = partial_stats<float>(params, plan.tasks);
+  const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
+  const bool finite = winograd_convolution<T>(
+      params.parallel, plan, static_cast<const T*>(params.x), make_prologue<float>(params.bn, g.c, params.slope),
+      params.weight, params.weight_layout, false, {static_cast<const T*>(params.residual), nullptr},
+      [&](int64_t task) { return start_epilogue<T>(params, task, partial, streamed); });
+  if (finite) merge_partial_stats(params, partial, plan.tasks, [&](int64_t task) { return plan.pixels(task); });
+  return finite;
+}
+
 }  // namespace
 
 template <typename T> void preact_conv_forward(const PreactConvForwardParams& params) {
+  if constexpr (kHasWinograd<T>)
+    if (winograd_fits<T>(params.g) && winograd_forward<T>(params)) return;
   typedef typename ModeOf<T>::type M;
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
@@ -119,7 +168,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   const Work work = plan_work<M>(g);
   const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
   const int64_t taps = g.r * g.s;
-  const PackLayout pack = make_pack<M>(g.c, g.k, work.winograd ? kWinogradPositions : taps);
+  const PackLayout pack = make_pack<M>(g.c, g.k, taps);
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
   Unit* const packed = static_cast<Unit*>(thread_scratch(
@@ -130,28 +179,17 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     taps_r[t] = int32_t(t / g.s);
     taps_s[t] = int32_t(t % g.s);
   }
-  const WeightLayout& weight = params.weight_layout;
-  const auto pack_direct = [&](Unit* to, const PackLayout& layout, int64_t block) {
-    pack_block<M, T>(to + pack_block_offset<M>(layout, block), layout, block, params.weight, weight, weight.stride_c,
-                     weight.stride_k, taps_r, taps_s);
-  };
   parallel_for(params.parallel, pack.out_blocks, [&](int64_t block) {
-    if constexpr (kHasWinograd<M>)
-      if (work.winograd)
-        return pack_winograd<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, weight,
-                                   weight.stride_c, weight.stride_k, false);
-    pack_direct(packed, pack, block);
+    pack_block<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, params.weight_layout,
+                     params.weight_layout.stride_c, params.weight_layout.stride_k, taps_r, taps_s);
   });
-  A* const partial =
-      params.stats ? static_cast<A*>(thread_scratch(kScratchPartial, size_t(work.tasks) * 2 * g.k * sizeof(A))) : nullptr;
-
+  A* const partial = partial_stats<A>(params, work.tasks);
   const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
   const BandLayout largest = make_band<M>(g.c, work.rows, work.cols, g.stride_w);
   parallel_for(params.parallel, work.tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
-    T* const lines = static_cast<T*>(thread_scratch(kScratchTile, size_t(kTilePixels) * 2 * kLanes<A> * sizeof(T)));
 
     int64_t out_rows, out_cols, first_pixel;
     BandLayout layout;
@@ -166,20 +204,17 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       out_rows = min64(work.band_rows, g.p - p0);
       out_cols = g.q;
       first_pixel = (image * g.p + p0) * g.q;
-      const int64_t reached = work.winograd ? round_up(out_rows, 2) : out_rows;
-      layout = make_band<M>(g.c, (reached - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
+      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
                       p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
     }
-    Epilogue<T> epilogue = {g.k,
-                            static_cast<const A*>(params.bias),
-                            static_cast<const T*>(params.residual),
-                            static_cast<T*>(params.y),
-                            streamed,
-                            lines,
-                            partial ? partial + task * 2 * g.k : nullptr,
-                            partial ? partial + task * 2 * g.k + g.k : nullptr};
-    if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t col = taps_s[t] * g.dilation_w;
+      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
+                       kBlock<M>;
+    }
+    const Epilogue<T> epilogue = start_epilogue<T>(params, task, partial, streamed);
+    const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, pack.in_units};
     Prefetcher next;
     if (task + 1 < work.tasks) {
       const T* const x = static_cast<const T*>(params.x);
@@ -198,34 +233,12 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
+      next.divide(pack.out_blocks * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
     }
-    const Unit* weights = packed;
-    PackLayout direct = pack;
-    if constexpr (kHasWinograd<M>)
-      if (work.winograd) {
-        if (winograd_band<M>(band, layout, packed, pack, out_rows, out_cols, first_pixel, epilogue, next)) {
-          if (streamed) stream_fence();
-          return;
-        }
-        if (partial) memset(epilogue.mean, 0, size_t(2 * g.k) * sizeof(A));
-        direct = make_pack<M>(g.c, g.k, taps);
-        Unit* const again =
-            static_cast<Unit*>(thread_scratch(kScratchDirectPack, size_t(pack_units<M>(direct)) * sizeof(Unit)));
-        for (int64_t block = 0; block < direct.out_blocks; ++block) pack_direct(again, direct, block);
-        weights = again;
-      }
-
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t col = taps_s[t] * g.dilation_w;
-      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
-                       kBlock<M>;
-    }
-    const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, direct.in_units};
-    next.divide(direct.out_blocks * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
-    for (int64_t block = 0; block < direct.out_blocks; ++block) {
-      const Unit* const w = weights + pack_block_offset<M>(direct, block);
+    for (int64_t block = 0; block < pack.out_blocks; ++block) {
+      const Unit* const w = packed + pack_block_offset<M>(pack, block);
       const int64_t channel = block * kOutBlock<A>;
-      const int vectors = pack_vectors<M>(direct, block);
+      const int vectors = pack_vectors<M>(pack, block);
       const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
       int64_t done = 0;
       for (int64_t row = 0; row < out_rows; ++row)
@@ -242,19 +255,10 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     if (streamed) stream_fence();
   });
 
-  if (params.stats) {  // in the order of the tasks, whichever thread ran them
-    A* const mean = static_cast<A*>(params.stats);
-    A* const m2 = mean + g.k;
-    memset(mean, 0, size_t(2 * g.k) * sizeof(A));
-    A count = 0;
-    for (int64_t task = 0; task < work.tasks; ++task) {
-      const int64_t rows = work.pointwise ? 0 : min64(work.band_rows, g.p - task % work.bands * work.band_rows);
-      const A pixels = A(work.pointwise ? min64(work.chunk, work.pixels - task * work.chunk) : rows * g.q);
-      const A* const from = partial + task * 2 * g.k;
-      for (int64_t k = 0; k < g.k; ++k) merge_stats(count, mean[k], m2[k], pixels, from[k], from[g.k + k]);
-      count += pixels;
-    }
-  }
+  merge_partial_stats(params, partial, work.tasks, [&](int64_t task) {
+    if (work.pointwise) return min64(work.chunk, work.pixels - task * work.chunk);
+    return min64(work.band_rows, g.p - task % work.bands * work.band_rows) * g.q;
+  });
 }
 
 template void preact_conv_forward<float>(const PreactConvForwardParams&);

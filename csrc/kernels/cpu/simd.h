@@ -157,6 +157,13 @@ RF_INLINE vfloat store_product(bf16* p, vfloat v) {
   return v;
 #endif
 }
+// The activation as it is multiplied. At the bf16 level by the CPU's own conversion, as in a product of pairs.
+template <typename T> RF_INLINE Vec<Acc<T>> rounded_activation(Vec<Acc<T>> v) {
+#if RF_LEVEL >= 3
+  if constexpr (sizeof(T) == 2) return bf16_to_float((vuint16_half)_mm512_cvtneps_pbh((__m512)v));
+#endif
+  return rounded<T>(v);
+}
 // Whether whole vectors of T can go to memory past the caches; p must then be aligned to a vector. bf16 goes in pairs of
 // vectors (stream_pair): half a line at a time would be slower than through the caches.
 template <typename T> constexpr bool kCanStream = RF_LEVEL >= 1 && sizeof(T) >= 4;

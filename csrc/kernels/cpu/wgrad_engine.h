@@ -87,16 +87,18 @@ template <typename M, int NV> static void run_tile(int outputs, const GradTile<M
   }
 }
 
+// Tiles of Winograd's that the register tile passes over before it is added to the partial result.
+constexpr int64_t kWgradStripTiles = 64;
+
 // Pixels that a register tile should at least pass over before it is added to the partial result.
 constexpr int64_t kTilePass = 256;
 
-// Tiles of Winograd's that a part should at least have: its 16 sums per weight are written, read and added once more.
+// Tiles of Winograd's that a part should at least have: its sums, 16 or 36 per weight, are written, read and added once more.
 constexpr int64_t kPartTiles = 256;
 
 // How one primitive call is cut up; a function of the shape alone.
 struct WgradPlan {
   bool pointwise;
-  bool winograd;
   int64_t pixels, chunk;     // pointwise: runs of pixels
   int64_t bands, band_rows;  // otherwise: rows of an image,
   int64_t images;            // or several whole images: a tile's sums cost a pass over the partial result
@@ -105,13 +107,13 @@ struct WgradPlan {
   int64_t blocks, slots;     // channel blocks; slot = tap * blocks + block
 };
 
-template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, bool winograd) {
+// winograd: the side of a tile of Winograd's, 0 for the direct algorithm.
+template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t winograd) {
   WgradPlan plan = {};
-  plan.winograd = winograd;
   constexpr int64_t L = kLanes<A>;
   plan.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
   plan.blocks = divide_up(g.c, L);
-  plan.slots = plan.blocks * (winograd ? kWinogradPositions : g.r * g.s);
+  plan.slots = plan.blocks * (winograd ? (winograd + 2) * (winograd + 2) : g.r * g.s);
   if (plan.pointwise) {
     plan.pixels = g.n * g.h * g.w;
     const int64_t pixel_bytes = (plan.blocks * L + g.k) * int64_t(sizeof(A));
@@ -121,22 +123,24 @@ template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, bool wi
     plan.cols = plan.chunk;
   } else {
     const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-    plan.cols = winograd ? round_up(g.q, 2) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+    plan.cols = winograd ? round_up(g.q, winograd) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
     const int64_t row_bytes = plan.blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
     plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
-    if (winograd) plan.band_rows = round_up(plan.band_rows, 2);
+    if (winograd) plan.band_rows = round_up(plan.band_rows, winograd);
     plan.bands = divide_up(g.p, plan.band_rows);
     plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
     plan.images = 1;
     if (plan.bands == 1) {
-      const int64_t wanted = divide_up(kTilePass, g.p * g.q);
+      const int64_t wanted =
+          winograd ? divide_up(kWgradStripTiles, divide_up(g.p, winograd) * divide_up(g.q, winograd))
+                   : divide_up(kTilePass, g.p * g.q);
       plan.images = max64(1, min64(min64(wanted, g.n), kBandBytes / max64(1, row_bytes * plan.rows)));
     }
     plan.units = divide_up(g.n, plan.images) * plan.bands;
   }
   const int64_t partial_bytes = plan.slots * L * g.k * int64_t(sizeof(A));
   int64_t most = max64(4, min64(64, (int64_t(32) << 20) / partial_bytes));
-  if (winograd) most = max64(4, min64(most, g.n * divide_up(g.p, 2) * divide_up(g.q, 2) / kPartTiles));
+  if (winograd) most = max64(4, min64(most, g.n * divide_up(g.p, winograd) * divide_up(g.q, winograd) / kPartTiles));
   plan.parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
   while (plan.parts * 2 <= most) plan.parts *= 2;
   plan.parts = min64(plan.parts, plan.units);

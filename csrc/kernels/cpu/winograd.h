@@ -1,11 +1,16 @@
-// Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"): 3x3
-// convolutions with stride 1 in 16 products per 2x2 outputs instead of 36, over the bands, register tiles and epilogues
-// of conv_engine.h. float32 arithmetic only.
+// Winograd's minimal filtering F(m x m, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"): 3x3
+// convolutions with stride 1 in (m + 2)^2 products per m x m outputs instead of 9 m^2, in float32 arithmetic, over the bands,
+// register tiles and epilogues of conv_engine.h.
 //
-//   Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        d: 4x4 inputs, g: 3x3 weights, Y: 2x2 outputs
+//   Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        d: inputs of a tile, g: 3x3 weights, Y: m x m outputs
 //
-// All constants are 0, 1, -1 and 1/2, so small integers stay exact. An Inf or NaN spreads over its 4x4 inputs: a band whose
-// outputs are not all finite is done again by the direct convolution, which also serves finite values that overflow here.
+// float32 takes m = 2: 2.25 times fewer products, constants 0, 1, -1 and 1/2 (small integers stay exact), errors below those
+// of a direct sum over channels and taps. bfloat16 takes m = 4: 4 times fewer products, of float32 values; constants such as
+// 8 and 1/6 cost a few bits of 24, of which the result keeps 8. Only a sum that should be 0 would show it, so sums are rounded
+// to a grid (Grid) well above these errors and well below what bfloat16 holds: small integers come out exact here too.
+//
+// An Inf or NaN spreads over the inputs of its tile: what comes out not all finite is done again by the direct convolution,
+// which also serves finite values that overflow here.
 #pragma once
 
 #include "conv_engine.h"
@@ -13,267 +18,472 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
-constexpr int64_t kWinogradPositions = 16;
+// The one-dimensional transforms; two dimensions are these over the columns, then over the rows. The points are
+// 0, 1, -1, infinity, and for m = 4 also 2 and -2.
+template <int TILE> struct Filter;
 
-template <typename M> constexpr bool kHasWinograd = M::kUnitChannels == 1 && sizeof(typename M::A) == sizeof(float);
+template <> struct Filter<2> {
+  static constexpr int kTile = 2, kPoints = 4, kPositions = 16;
+  static constexpr bool kGrid = false;
+  typedef vfloat V;
+
+  RF_INLINE_METHOD static void input(const V (&d)[4], V (&out)[4]) {  // B^T
+    out[0] = d[0] - d[2];
+    out[1] = d[1] + d[2];
+    out[2] = d[2] - d[1];
+    out[3] = d[1] - d[3];
+  }
+  RF_INLINE_METHOD static void output(const V (&m)[4], V (&y)[2]) {  // A^T
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+  RF_INLINE_METHOD static void weight(const V (&g)[3], V (&u)[4]) {  // G
+    const V ends = g[0] + g[2], half = splat<float>(0.5f);
+    u[0] = g[0];
+    u[1] = (ends + g[1]) * half;
+    u[2] = (ends - g[1]) * half;
+    u[3] = g[2];
+  }
+  RF_INLINE_METHOD static void gradient(const V (&y)[2], V (&z)[4]) {  // A
+    z[0] = y[0];
+    z[1] = y[0] + y[1];
+    z[2] = y[0] - y[1];
+    z[3] = V{} - y[1];
+  }
+  RF_INLINE_METHOD static void weight_gradient(const V (&u)[4], V (&g)[3]) {  // G^T
+    const V half = splat<float>(0.5f), even = (u[1] + u[2]) * half;
+    g[0] = u[0] + even;
+    g[1] = (u[1] - u[2]) * half;
+    g[2] = even + u[3];
+  }
+};
+
+template <> struct Filter<4> {
+  static constexpr int kTile = 4, kPoints = 6, kPositions = 36;
+  static constexpr bool kGrid = true;
+  typedef vfloat V;
+
+  RF_INLINE_METHOD static void input(const V (&d)[6], V (&out)[6]) {
+    const V even = d[4] - d[2] * 4.f, odd = d[3] - d[1] * 4.f, even2 = d[4] - d[2], odd2 = (d[3] - d[1]) * 2.f;
+    out[0] = d[0] * 4.f + (d[4] - d[2] * 5.f);
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = even2 + odd2;
+    out[4] = even2 - odd2;
+    out[5] = d[1] * 4.f + (d[5] - d[3] * 5.f);
+  }
+  RF_INLINE_METHOD static void output(const V (&m)[6], V (&y)[4]) {
+    const V sum1 = m[1] + m[2], diff1 = m[1] - m[2], sum2 = m[3] + m[4], diff2 = m[3] - m[4];
+    y[0] = m[0] + sum1 + sum2;
+    y[1] = diff1 + diff2 * 2.f;
+    y[2] = sum1 + sum2 * 4.f;
+    y[3] = diff1 + diff2 * 8.f + m[5];
+  }
+  RF_INLINE_METHOD static void weight(const V (&g)[3], V (&u)[6]) {
+    const V ends = (g[0] + g[2]) * (1 / 6.f), middle = g[1] * (1 / 6.f);
+    const V ends2 = g[0] * (1 / 24.f) + g[2] * (1 / 6.f), middle2 = g[1] * (1 / 12.f);
+    u[0] = g[0] * 0.25f;
+    u[1] = V{} - (ends + middle);
+    u[2] = middle - ends;
+    u[3] = ends2 + middle2;
+    u[4] = ends2 - middle2;
+    u[5] = g[2];
+  }
+  RF_INLINE_METHOD static void gradient(const V (&y)[4], V (&z)[6]) {
+    const V even = y[0] + y[2], odd = y[1] + y[3], even2 = y[0] + y[2] * 4.f, odd2 = y[1] * 2.f + y[3] * 8.f;
+    z[0] = y[0];
+    z[1] = even + odd;
+    z[2] = even - odd;
+    z[3] = even2 + odd2;
+    z[4] = even2 - odd2;
+    z[5] = y[3];
+  }
+  RF_INLINE_METHOD static void weight_gradient(const V (&u)[6], V (&g)[3]) {
+    const V sum1 = (u[1] + u[2]) * (1 / 6.f), diff1 = (u[1] - u[2]) * (1 / 6.f);
+    const V sum2 = u[3] + u[4], diff2 = u[3] - u[4];
+    g[0] = u[0] * 0.25f - sum1 + sum2 * (1 / 24.f);
+    g[1] = diff2 * (1 / 12.f) - diff1;
+    g[2] = sum2 * (1 / 6.f) - sum1 + u[5];
+  }
+};
+
+template <typename T> using FilterOf = Filter<sizeof(T) == 2 ? 4 : 2>;
+template <typename T> constexpr bool kHasWinograd = sizeof(Acc<T>) == sizeof(float);
+
+// The weight gradient sums over pixels, where nothing is known of a sum's size: m = 2, and so only where the direct algorithm
+// multiplies float32 values too.
+template <typename T> constexpr bool kHasWinogradWgrad = kHasWinograd<T> && ModeOf<T>::type::kUnitChannels == 1;
 
 // Whether the products save more than the transforms cost. Channels below a vector leave most lanes of a transform idle.
-template <typename M> static bool winograd_fits(const ConvGeometry& g) {
-  return kHasWinograd<M> && g.r == 3 && g.s == 3 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1 &&
-         g.pad_h <= 2 && g.pad_w <= 2 && g.c >= 8 && g.k >= 8 && g.p >= 2 && g.q >= 2;
+template <typename T> static bool winograd_fits(const ConvGeometry& g) {
+  return kHasWinograd<T> && g.r == 3 && g.s == 3 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 &&
+         g.dilation_w == 1 && g.pad_h <= 2 && g.pad_w <= 2 && g.c >= 8 && g.k >= 8 && g.p >= 2 && g.q >= 2;
 }
 
-// G g G^T of one output block, as [position][in channel][out lane]. step_r, step_s: +1 or, for the flipped kernel of the
-// input gradient, -1 from the last tap.
-template <typename M, typename T>
-static void pack_winograd(typename M::Unit* out, const PackLayout& pack, int64_t out_block, const void* weight,
+RF_INLINE vfloat magnitude(vfloat v) { return (vfloat)((vuint32)v & 0x7fffffffu); }
+
+// A sum is at most bound = (largest input) * (sum of the weights' magnitudes). Its grid is 2^-19 of the power of two below
+// that: adding and subtracting 24 times this power rounds to it.
+struct Grid {
+  vfloat offset;
+  RF_INLINE_METHOD static Grid of(float largest, vfloat weights) {
+    return {(vfloat)((vuint32)(weights * largest) & 0x7f800000u) * 24.f};
+  }
+  RF_INLINE_METHOD vfloat round(vfloat v) const { return (v + offset) - offset; }
+};
+
+// G g G^T of one output block, as [position][in channel][out lane]; norms: sum of the magnitudes per output; flipped: of the kernel turned by 180 degrees, as the
+// input gradient needs it.
+template <typename T>
+static void pack_winograd(float* out, float* norms, const PackLayout& pack, int64_t out_block, const void* weight,
                           const WeightLayout& layout, int64_t in_stride, int64_t out_stride, bool flipped) {
-  typedef typename M::A A;
-  constexpr int L = kLanes<A>;
-  const int vectors = pack_vectors<M>(pack, out_block);
-  const int64_t width = int64_t(vectors) * L, first = out_block * kOutBlock<A>;
+  typedef FilterOf<T> F;
+  constexpr int L = kLanes<float>, P = F::kPoints;
+  const int vectors = pack_vectors<ModeF32>(pack, out_block);
+  const int64_t width = int64_t(vectors) * L, first = out_block * kOutBlock<float>;
   const int64_t position_step = pack.in_units * width;
+  vfloat sums[2] = {};
   for (int64_t unit = 0; unit < pack.in_units; ++unit)
     for (int v = 0; v < vectors; ++v) {
       const int64_t valid = max64(0, min64(L, pack.out_channels - first - v * L));
-      Vec<A> g[3][3];
-      for (int r = 0; r < 3; ++r)
-        for (int s = 0; s < 3; ++s) {
+      vfloat columns[P][3];
+      for (int s = 0; s < 3; ++s) {
+        vfloat g[3], u[P];
+        for (int r = 0; r < 3; ++r) {
           const int64_t at = (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s +
                              unit * in_stride + (first + v * L) * out_stride;
-          A lanes[L] = {};
+          float lanes[L] = {};
           for (int64_t lane = 0; lane < valid; ++lane) lanes[lane] = weight_value<T>(weight, layout, at + lane * out_stride);
-          g[r][s] = load(lanes);
+          g[r] = load(lanes);
+          sums[v] += magnitude(g[r]);
         }
-      const Vec<A> half = splat<A>(A(0.5));
-      Vec<A> rows[4][3];
-      for (int s = 0; s < 3; ++s) {
-        rows[0][s] = g[0][s];
-        rows[1][s] = ((g[0][s] + g[2][s]) + g[1][s]) * half;
-        rows[2][s] = ((g[0][s] + g[2][s]) - g[1][s]) * half;
-        rows[3][s] = g[2][s];
+        F::weight(g, u);
+        for (int r = 0; r < P; ++r) columns[r][s] = u[r];
       }
-      A* const at = out + unit * width + v * L;
-      for (int r = 0; r < 4; ++r) {
-        const Vec<A> ends = rows[r][0] + rows[r][2];
-        store(at + (4 * r + 0) * position_step, rows[r][0]);
-        store(at + (4 * r + 1) * position_step, (ends + rows[r][1]) * half);
-        store(at + (4 * r + 2) * position_step, (ends - rows[r][1]) * half);
-        store(at + (4 * r + 3) * position_step, rows[r][2]);
+      float* const at = out + unit * width + v * L;
+      for (int r = 0; r < P; ++r) {
+        vfloat u[P];
+        F::weight(columns[r], u);
+        for (int s = 0; s < P; ++s) store(at + (r * P + s) * position_step, u[s]);
       }
     }
+  for (int v = 0; v < 2; ++v) store(norms + v * L, sums[v]);
 }
 
-// Tiles are taken in strips: whole tile rows, or a piece of one, so that both transforms of a strip stay near the core.
-constexpr int64_t kStripTiles = 32;
+// B^T d B of `count` neighbouring tiles of one channel block; `in`: the first tile's corner, `line`: from row to row, `step`:
+// from position to position.
+template <typename F> RF_INLINE void transform_inputs(float* out, int64_t step, const float* in, int64_t line, int64_t count) {
+  constexpr int L = kLanes<float>, P = F::kPoints, TILE = F::kTile;
+  const auto column = [&](int64_t j, vfloat(&c)[P]) __attribute__((always_inline)) {
+    vfloat d[P];
+#pragma GCC unroll 6
+    for (int r = 0; r < P; ++r) d[r] = load(in + r * line + j * L);
+    F::input(d, c);
+  };
+  vfloat columns[P][P];
+  column(0, columns[0]);
+  column(1, columns[1]);
+  for (int64_t tile = 0; tile < count; ++tile, out += L) {
+#pragma GCC unroll 6
+    for (int j = 2; j < P; ++j) column(tile * TILE + j, columns[j]);
+#pragma GCC unroll 6
+    for (int r = 0; r < P; ++r) {
+      vfloat row[P], values[P];
+#pragma GCC unroll 6
+      for (int j = 0; j < P; ++j) row[j] = columns[j][r];
+      F::input(row, values);
+#pragma GCC unroll 6
+      for (int j = 0; j < P; ++j) store(out + (r * P + j) * step, values[j]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < P; ++r) {  // neighbours share two columns
+      columns[0][r] = columns[TILE][r];
+      columns[1][r] = columns[TILE + 1][r];
+    }
+  }
+}
+
+// A^T m A of `count` neighbouring tiles of one vector of channels, as rows of pixels, `row_step` apart.
+template <typename F>
+RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, int64_t step, int64_t count) {
+  constexpr int L = kLanes<float>, P = F::kPoints, TILE = F::kTile;
+  for (int64_t tile = 0; tile < count; ++tile, m += L, out += TILE * L) {
+    vfloat columns[TILE][P];
+#pragma GCC unroll 6
+    for (int j = 0; j < P; ++j) {
+      vfloat values[P], y[TILE];
+#pragma GCC unroll 6
+      for (int r = 0; r < P; ++r) values[r] = load(m + (r * P + j) * step);
+      F::output(values, y);
+#pragma GCC unroll 4
+      for (int r = 0; r < TILE; ++r) columns[r][j] = y[r];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE; ++r) {
+      vfloat y[TILE];
+      F::output(columns[r], y);
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE; ++j) store(out + r * row_step + j * L, y[j]);
+    }
+  }
+}
+
+// Tiles are taken in strips, so that both transforms of a strip stay near the core: rows of tiles, which may be of several
+// images, or pieces of one row.
 struct WinogradStrips {
-  int64_t tile_rows, tile_cols;    // of the band
-  int64_t pieces, rows_per_strip;  // pieces of a tile row; tile rows in a strip where there is one piece
-  int64_t count;
+  int64_t tile_rows, tile_cols;    // of one image's band
+  int64_t rows;                    // of tiles, of all images
+  int64_t pieces, rows_per_strip;  // pieces of a tile row; rows in a strip where there is one piece
   int64_t most;                    // tiles in a strip
+
+  int64_t count() const { return pieces * divide_up(rows, rows_per_strip); }
+  int64_t first_col(int64_t piece) const { return split_begin(tile_cols, pieces, piece); }
 };
-static inline WinogradStrips winograd_strips(int64_t out_rows, int64_t out_cols) {
+template <typename F>
+static WinogradStrips winograd_strips(int64_t images, int64_t out_rows, int64_t out_cols, int64_t tiles) {
   WinogradStrips s;
-  s.tile_rows = divide_up(out_rows, 2);
-  s.tile_cols = divide_up(out_cols, 2);
-  s.pieces = divide_up(s.tile_cols, kStripTiles);
-  s.rows_per_strip = s.pieces > 1 ? 1 : min64(s.tile_rows, max64(1, kStripTiles / 2 / s.tile_cols));
-  s.count = s.pieces * divide_up(s.tile_rows, s.rows_per_strip);
+  s.tile_rows = divide_up(out_rows, F::kTile);
+  s.tile_cols = divide_up(out_cols, F::kTile);
+  s.rows = images * s.tile_rows;
+  s.pieces = divide_up(s.tile_cols, 2 * tiles);
+  s.rows_per_strip = s.pieces > 1 ? 1 : divide_up(s.rows, divide_up(s.rows, max64(1, tiles / s.tile_cols)));
   s.most = s.rows_per_strip * divide_up(s.tile_cols, s.pieces);
   return s;
 }
 
-// Memory for a strip: the transformed inputs [position][channel block][tile][vector] and the products of one output block
-// [vector][position][tile][vector]. Positions lie an odd number of vectors apart: a power of two would map all 16 to a few
-// cache sets.
-template <typename M> struct WinogradScratch {
-  typedef typename M::A A;
-  static constexpr int L = kLanes<A>;
-  int64_t tiles, input_step, product_step;
-  A* input;
-  A* product;
-
-  WinogradScratch(const WinogradStrips& strips, int64_t blocks) {
-    tiles = strips.most;
-    input_step = (blocks * tiles | 1) * L;
-    product_step = (tiles | 1) * L;
-    input = static_cast<A*>(
-        thread_scratch(kScratchWinograd, size_t(kWinogradPositions * (input_step + 2 * product_step)) * sizeof(A)));
-    product = input + kWinogradPositions * input_step;
-  }
-};
-
-// B^T d B of `count` neighbouring tiles of one channel block; `in`: the first tile's corner, `line`: from row to row.
-template <typename A> RF_INLINE void transform_inputs(A* out, int64_t step, const A* in, int64_t line, int64_t count) {
-  constexpr int L = kLanes<A>;
-  typedef Vec<A> V;
-  const auto column = [&](int64_t j, V(&c)[4]) __attribute__((always_inline)) {
-    const V d0 = load(in + j * L), d1 = load(in + line + j * L), d2 = load(in + 2 * line + j * L),
-            d3 = load(in + 3 * line + j * L);
-    c[0] = d0 - d2;
-    c[1] = d1 + d2;
-    c[2] = d2 - d1;
-    c[3] = d1 - d3;
-  };
-  V left[2][4];
-  column(0, left[0]);
-  column(1, left[1]);
-  for (int64_t tile = 0; tile < count; ++tile, out += L) {
-    V right[2][4];
-    column(2 * tile + 2, right[0]);
-    column(2 * tile + 3, right[1]);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      store(out + (4 * r + 0) * step, left[0][r] - right[0][r]);
-      store(out + (4 * r + 1) * step, left[1][r] + right[0][r]);
-      store(out + (4 * r + 2) * step, right[0][r] - left[1][r]);
-      store(out + (4 * r + 3) * step, left[1][r] - right[1][r]);
-      left[0][r] = right[0][r];
-      left[1][r] = right[1][r];
-    }
-  }
-}
-
-// One of the two output rows of NT neighbouring tiles: 2 NT pixels of one vector of channels.
-template <typename A, int ROW, int NT> RF_INLINE void transform_outputs(Vec<A> (&column)[2 * NT], const A* m, int64_t step) {
-  constexpr int L = kLanes<A>;
-#pragma GCC unroll 8
-  for (int t = 0; t < NT; ++t) {
-    Vec<A> sums[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const A* const at = m + t * L + j * step;
-      sums[j] = ROW == 0 ? load(at) + load(at + 4 * step) + load(at + 8 * step)
-                         : load(at + 4 * step) - load(at + 8 * step) - load(at + 12 * step);
-    }
-    column[2 * t] = sums[0] + sums[1] + sums[2];
-    column[2 * t + 1] = sums[1] - sums[2] - sums[3];
-  }
+// A strip of the forward and input-gradient convolutions fills a register tile.
+constexpr int64_t kStripTiles = 16;
+// Images to a task, where a whole image is a band: a strip's worth of tiles, the band within a core's cache.
+template <typename F> static int64_t winograd_images(int64_t n, int64_t out_rows, int64_t out_cols, int64_t band_bytes) {
+  const int64_t tiles = divide_up(out_rows, F::kTile) * divide_up(out_cols, F::kTile);
+  return max64(1, min64(min64(divide_up(kStripTiles, tiles), n), kBandBytes / max64(1, band_bytes)));
 }
 
 // The epilogue of the products themselves: `done` is the offset of their position.
-template <typename A> struct StoreProducts {
+struct StoreProducts {
   int64_t channels = int64_t(1) << 62;  // every vector is whole: padded weights give zeros
-  A* product;
+  float* product;
   int64_t vector_step;
-  template <int NP> RF_INLINE_METHOD void vector(Vec<A> (&column)[NP], int64_t k, int64_t pixel, int64_t done) const {
-    constexpr int L = kLanes<A>;
-    A* const at = product + k / L * vector_step + done + pixel * L;
+  template <int NP> RF_INLINE_METHOD void vector(vfloat (&column)[NP], int64_t k, int64_t pixel, int64_t done) const {
+    constexpr int L = kLanes<float>;
+    float* const at = product + k / L * vector_step + done + pixel * L;
 #pragma GCC unroll 16
     for (int p = 0; p < NP; ++p) store(at + p * L, column[p]);
   }
-  void lanes(A*, int, int64_t, int64_t, int64_t) const {}
+  void lanes(float*, int, int64_t, int64_t, int64_t) const {}
 };
 
-// Inverse transform and epilogue of NT tiles' pixels in one row: 2 NT of them, or one fewer at an odd border.
-template <typename A, typename E, int ROW, int NT>
-__attribute__((noinline)) void winograd_run(const A* m, int64_t step, bool odd, const E& epilogue, int64_t channel,
-                                            int64_t pixel, int64_t done, Vec<A>* probe) {
-  constexpr int L = kLanes<A>;
-  Vec<A> column[2 * NT];
-  transform_outputs<A, ROW, NT>(column, m, step);
-  Vec<A> finite = *probe;
+// Pixels that an epilogue takes at once: with registers for 14 and two operands, 16 are still held.
+constexpr int kRunPixels = RF_VECTOR_REGISTERS == 32 ? 16 : 6;
+
+// The epilogue of NP pixels that the inverse transform has left in memory.
+template <typename E, int NP>
+__attribute__((noinline)) void winograd_run(float* in, const Grid* grid, const E& epilogue, int64_t channel, int64_t pixel,
+                                            int64_t done, vfloat* probe) {
+  constexpr int L = kLanes<float>;
+  vfloat column[NP], finite = *probe;
 #pragma GCC unroll 16
-  for (int p = 0; p < 2 * NT - 1; ++p) finite += column[p] * A(0);
-  if (!odd) finite += column[2 * NT - 1] * A(0);
+  for (int p = 0; p < NP; ++p) {
+    column[p] = load(in + p * L);
+    if (grid) column[p] = grid->round(column[p]);
+    finite += column[p] * 0.f;
+  }
   *probe = finite;
-  if (channel + L > epilogue.channels) {
-    A buffer[2 * NT * L];
+  if (channel + L <= epilogue.channels) return epilogue.template vector<NP>(column, channel, pixel, done);
 #pragma GCC unroll 16
-    for (int p = 0; p < 2 * NT; ++p) store(buffer + p * L, column[p]);
-    return epilogue.lanes(buffer, 2 * NT - odd, channel, pixel, done);
-  }
-  if (!odd) return epilogue.template vector<2 * NT>(column, channel, pixel, done);
-  Vec<A> shorter[2 * NT - 1];
-#pragma GCC unroll 16
-  for (int p = 0; p < 2 * NT - 1; ++p) shorter[p] = column[p];
-  epilogue.template vector<2 * NT - 1>(shorter, channel, pixel, done);
+  for (int p = 0; p < NP; ++p) store(in + p * L, column[p]);
+  epilogue.lanes(in, NP, channel, pixel, done);
 }
-
-constexpr int kRunTiles = RF_VECTOR_REGISTERS == 32 ? 8 : 3;
-template <typename A, typename E>
-using WinogradRun = void (*)(const A*, int64_t, bool, const E&, int64_t, int64_t, int64_t, Vec<A>*);
-template <typename A, typename E, int ROW> static WinogradRun<A, E> winograd_run_of(int64_t tiles) {
-  switch (tiles) {
-    case 1: return winograd_run<A, E, ROW, 1>;
-    case 2: return winograd_run<A, E, ROW, 2>;
+template <typename E> using WinogradRun = void (*)(float*, const Grid*, const E&, int64_t, int64_t, int64_t, vfloat*);
+template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
+  switch (pixels) {
+    case 1: return winograd_run<E, 1>;
+    case 2: return winograd_run<E, 2>;
+    case 3: return winograd_run<E, 3>;
+    case 4: return winograd_run<E, 4>;
+    case 5: return winograd_run<E, 5>;
 #if RF_VECTOR_REGISTERS == 32
-    case 3: return winograd_run<A, E, ROW, 3>;
-    case 4: return winograd_run<A, E, ROW, 4>;
-    case 5: return winograd_run<A, E, ROW, 5>;
-    case 6: return winograd_run<A, E, ROW, 6>;
-    case 7: return winograd_run<A, E, ROW, 7>;
+    case 6: return winograd_run<E, 6>;
+    case 7: return winograd_run<E, 7>;
+    case 8: return winograd_run<E, 8>;
+    case 9: return winograd_run<E, 9>;
+    case 10: return winograd_run<E, 10>;
+    case 11: return winograd_run<E, 11>;
+    case 12: return winograd_run<E, 12>;
+    case 13: return winograd_run<E, 13>;
+    case 14: return winograd_run<E, 14>;
+    case 15: return winograd_run<E, 15>;
 #endif
-    default: return winograd_run<A, E, ROW, kRunTiles>;
+    default: return winograd_run<E, kRunPixels>;
   }
 }
 
-// The band's outputs [out_rows, out_cols], row r from pixel first_pixel + r * out_cols. `band` has two more rows and columns
-// than twice the tiles. Returns whether all sums were finite; if not, the outputs are to be computed again.
-template <typename M, typename E>
-static bool winograd_band(const typename M::Unit* band, const BandLayout& b, const typename M::Unit* packed,
-                          const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
-                          const E& epilogue, Prefetcher& next) {
-  typedef typename M::A A;
-  constexpr int B = kBlock<M>, L = kLanes<A>;
-  const WinogradStrips strips = winograd_strips(out_rows, out_cols);
-  const WinogradScratch<M> scratch(strips, b.blocks);
-  next.divide(strips.count * pack.out_blocks * kWinogradPositions);
-  const int64_t line = b.slots * B, zero_offset = 0;
-  Vec<A> probe = {};
-  int64_t pixels_before = 0;
-  for (int64_t strip = 0; strip < strips.count; ++strip) {
-    const int64_t piece = strip % strips.pieces;
-    const int64_t row0 = strip / strips.pieces * strips.rows_per_strip;
-    const int64_t rows = min64(strips.rows_per_strip, strips.tile_rows - row0);
-    const int64_t col0 = split_begin(strips.tile_cols, strips.pieces, piece);
-    const int64_t cols = split_begin(strips.tile_cols, strips.pieces, piece + 1) - col0;
-    const int64_t tiles = rows * cols;
-    for (int64_t block = 0; block < b.blocks; ++block)
-      for (int64_t row = 0; row < rows; ++row)
-        transform_inputs<A>(scratch.input + (block * scratch.tiles + row * cols) * L, scratch.input_step,
-                            band + (block * b.rows + 2 * (row0 + row)) * line + 2 * col0 * B, line, cols);
+// The outputs [images][out_rows][out_cols] of a task, image i from pixel first_pixel + i * image_pixels. `bands`: one band
+// per image, each with two more rows and columns than its tiles; largest: magnitude in them. Returns whether all sums were finite; if not, the outputs
+// are to be computed again.
+template <typename F, typename E>
+static bool winograd_bands(const float* bands, float largest, const BandLayout& b, int64_t images, const float* packed,
+                           const float* norms, const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
+                           int64_t image_pixels, const E& epilogue, Prefetcher& next) {
+  constexpr int L = kLanes<float>;
+  const WinogradStrips strips = winograd_strips<F>(images, out_rows, out_cols, kStripTiles);
+  // Transformed inputs [position][channel block][tile][vector], products [vector][position][tile][vector], rows of outputs.
+  // Positions lie an odd number of vectors apart: a power of two would map them all to a few cache sets.
+  const int64_t input_step = (b.blocks * strips.most | 1) * L, product_step = (strips.most | 1) * L;
+  const int64_t row_step = divide_up(strips.tile_cols, strips.pieces) * F::kTile * L;
+  float* const inputs = static_cast<float*>(thread_scratch(
+      kScratchWinograd, size_t(F::kPositions * (input_step + 2 * product_step) + F::kTile * row_step) * sizeof(float)));
+  StoreProducts products;
+  products.product = inputs + F::kPositions * input_step;
+  products.vector_step = F::kPositions * product_step;
+  float* const outputs = products.product + 2 * products.vector_step;
+  const int64_t line = b.slots * L, zero_offset = 0;
+  const TileInput<ModeF32> input = {&zero_offset, 1, strips.most * L, pack.in_units};
+  next.divide(strips.count() * pack.out_blocks * F::kPositions);
 
-    const int64_t strip_rows = min64(2 * rows, out_rows - 2 * row0), strip_cols = min64(2 * cols, out_cols - 2 * col0);
+  vfloat probe = {};
+  int64_t pixels_before = 0;
+  for (int64_t strip = 0; strip < strips.count(); ++strip) {
+    const int64_t row0 = strip / strips.pieces * strips.rows_per_strip, rows = min64(strips.rows_per_strip, strips.rows - row0);
+    const int64_t col0 = strips.first_col(strip % strips.pieces), cols = strips.first_col(strip % strips.pieces + 1) - col0;
+    const int64_t tiles = rows * cols;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t image = (row0 + row) / strips.tile_rows, tile_row = (row0 + row) % strips.tile_rows;
+      for (int64_t block = 0; block < b.blocks; ++block)
+        transform_inputs<F>(inputs + (block * strips.most + row * cols) * L, input_step,
+                            bands + ((image * b.blocks + block) * b.rows + F::kTile * tile_row) * line + F::kTile * col0 * L,
+                            line, cols);
+    }
+    const int64_t strip_cols = min64(F::kTile * cols, out_cols - F::kTile * col0);
+    const int64_t runs = divide_up(strip_cols, int64_t(kRunPixels));
     const int64_t groups = divide_up(tiles, int64_t(kTilePixels));
-    const TileInput<M> input = {&zero_offset, 1, scratch.tiles * L, pack.in_units};
-    StoreProducts<A> products;
-    products.product = scratch.product;
-    products.vector_step = kWinogradPositions * scratch.product_step;
-    const int64_t runs = divide_up(cols, int64_t(kRunTiles));
+    int64_t pixels_after = pixels_before;
     for (int64_t block = 0; block < pack.out_blocks; ++block) {
-      const int vectors = pack_vectors<M>(pack, block);
-      const typename M::Unit* w = packed + pack_block_offset<M>(pack, block);
-      for (int64_t position = 0; position < kWinogradPositions; ++position, w += pack.in_units * vectors * L) {
+      const int vectors = pack_vectors<ModeF32>(pack, block);
+      const float* w = packed + pack_block_offset<ModeF32>(pack, block);
+      for (int64_t position = 0; position < F::kPositions; ++position, w += pack.in_units * vectors * L) {
         next.advance();
         for (int64_t i = 0; i < groups; ++i) {
           const int64_t begin = split_begin(tiles, groups, i);
-          conv_tile_of<M, StoreProducts<A>>(int(split_begin(tiles, groups, i + 1) - begin), vectors)(
-              input, scratch.input + position * scratch.input_step + begin * L, w, products, 0, begin,
-              position * scratch.product_step);
+          conv_tile_of<ModeF32, StoreProducts>(int(split_begin(tiles, groups, i + 1) - begin), vectors)(
+              input, inputs + position * input_step + begin * L, w, products, 0, begin, position * product_step);
         }
       }
       for (int v = 0; v < vectors; ++v) {
-        const int64_t channel = block * kOutBlock<A> + v * L;
-        const A* const m = scratch.product + v * products.vector_step;
+        const int64_t channel = block * kOutBlock<float> + v * L;
+        const Grid grid = Grid::of(largest, load(norms + channel));
         int64_t done = pixels_before;
-        for (int64_t row = 0; row < strip_rows; ++row)
-          for (int64_t i = 0; i < runs; ++i) {
-            const int64_t begin = split_begin(cols, runs, i), count = split_begin(cols, runs, i + 1) - begin;
-            const bool odd = 2 * (begin + count) > strip_cols;
-            const auto run = row % 2 == 0 ? winograd_run_of<A, E, 0>(count) : winograd_run_of<A, E, 1>(count);
-            run(m + (row / 2 * cols + begin) * L, scratch.product_step, odd, epilogue, channel,
-                first_pixel + (2 * row0 + row) * out_cols + 2 * (col0 + begin), done, &probe);
-            done += 2 * count - odd;
-          }
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t image = (row0 + row) / strips.tile_rows, out_row = (row0 + row) % strips.tile_rows * F::kTile;
+          transform_outputs<F>(outputs, row_step, products.product + v * products.vector_step + row * cols * L, product_step,
+                               cols);
+          const int64_t pixel = first_pixel + image * image_pixels + out_row * out_cols + F::kTile * col0;
+          for (int64_t r = 0; r < min64(F::kTile, out_rows - out_row); ++r)
+            for (int64_t i = 0; i < runs; ++i) {
+              const int64_t begin = split_begin(strip_cols, runs, i), count = split_begin(strip_cols, runs, i + 1) - begin;
+              winograd_run_of<E>(count)(outputs + r * row_step + begin * L, F::kGrid ? &grid : nullptr, epilogue, channel,
+                                        pixel + r * out_cols + begin, done, &probe);
+              done += count;
+            }
+        }
+        pixels_after = done;
       }
     }
-    pixels_before += strip_rows * strip_cols;
+    pixels_before = pixels_after;
   }
-  A left[L];
+  float left[L];
   store(left, probe);
   for (int lane = 0; lane < L; ++lane)
     if (left[lane] != 0) return false;
+  return true;
+}
+
+// A convolution, or an input gradient, which is one of dy with the turned kernel.
+struct WinogradProblem {
+  int64_t n, in_channels, out_channels;
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t top, left;  // input row and column of the first tap of output (0, 0)
+};
+
+// How it is cut into tasks: bands of rows of one image, or several whole images.
+struct WinogradPlan {
+  WinogradProblem p;
+  int64_t images, bands, band_rows, tasks;
+  int64_t rows, cols;  // of the largest input band
+
+  int64_t first_image(int64_t task) const { return task / bands * images; }
+  int64_t image_count(int64_t task) const { return min64(images, p.n - first_image(task)); }
+  int64_t first_row(int64_t task) const { return task % bands * band_rows; }
+  int64_t row_count(int64_t task) const { return min64(band_rows, p.out_h - first_row(task)); }
+  int64_t first_pixel(int64_t task) const { return (first_image(task) * p.out_h + first_row(task)) * p.out_w; }
+  int64_t pixels(int64_t task) const { return image_count(task) * row_count(task) * p.out_w; }
+};
+template <typename T> static WinogradPlan plan_winograd(const WinogradProblem& p) {
+  typedef FilterOf<T> F;
+  WinogradPlan plan = {};
+  plan.p = p;
+  plan.cols = round_up(p.out_w, F::kTile) + 2;
+  const int64_t row_bytes = divide_up(p.in_channels, int64_t(kLanes<float>)) * plan.cols * RF_VECTOR_BYTES;
+  plan.band_rows = round_up(rows_per_band(p.out_h, row_bytes, 1, 2), F::kTile);
+  plan.bands = divide_up(p.out_h, plan.band_rows);
+  plan.rows = plan.band_rows + 2;
+  plan.images = plan.bands == 1 ? winograd_images<F>(p.n, p.out_h, p.out_w, row_bytes * plan.rows) : 1;
+  plan.tasks = divide_up(p.n, plan.images) * plan.bands;
+  return plan;
+}
+
+template <bool GRID> struct NoteOf { typedef NotLargest type; };
+template <> struct NoteOf<true> { typedef Largest type; };
+
+// `input`: [n, in_h, in_w, in_channels]; make_epilogue(task) starts a task's epilogue, and starts it anew if it is called
+// again; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were finite.
+template <typename T, typename MakeEpilogue>
+static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& plan, const T* input,
+                                 const Prologue<float>& prologue, const void* weight, const WeightLayout& layout,
+                                 bool turned, const T* const (&beside)[2], const MakeEpilogue& make_epilogue) {
+  typedef FilterOf<T> F;
+  typedef typename NoteOf<F::kGrid>::type Note;
+  const WinogradProblem& p = plan.p;
+  const PackLayout pack = make_pack<ModeF32>(p.in_channels, p.out_channels, F::kPositions);
+  const int64_t packed_size = pack_units<ModeF32>(pack);
+  float* const packed = static_cast<float*>(
+      thread_scratch(kScratchPack, size_t(packed_size + pack.out_blocks * kOutBlock<float>) * sizeof(float)));
+  float* const norms = packed + packed_size;
+  parallel_for(parallel, pack.out_blocks, [&](int64_t block) {
+    pack_winograd<T>(packed + pack_block_offset<ModeF32>(pack, block), norms + block * kOutBlock<float>, pack, block, weight,
+                     layout, turned ? layout.stride_k : layout.stride_c, turned ? layout.stride_c : layout.stride_k, turned);
+  });
+  bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.tasks)));
+  const BandLayout largest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
+  parallel_for(parallel, plan.tasks, [&](int64_t task) {
+    const int64_t images = plan.image_count(task), out_rows = plan.row_count(task), row0 = plan.first_row(task) + p.top;
+    const BandLayout b = make_band<ModeF32>(p.in_channels, round_up(out_rows, F::kTile) + 2, plan.cols, 1);
+    float* const bands = static_cast<float*>(
+        thread_scratch(kScratchActivation, size_t(plan.images * band_units<ModeF32>(largest)) * sizeof(float)));
+    Note note;
+    for (int64_t i = 0; i < images; ++i)
+      note = fill_band<ModeF32, T, Note>(bands + i * band_units<ModeF32>(b), b,
+                            input + (plan.first_image(task) + i) * p.in_h * p.in_w * p.in_channels, p.in_h, p.in_w, row0,
+                            p.left, prologue, note);
+    float largest = 0;
+    if constexpr (F::kGrid) largest = note.value();
+    Prefetcher next;
+    if (task + 1 < plan.tasks) {
+      const int64_t image = plan.first_image(task + 1), top = plan.first_row(task + 1) + p.top;
+      const int64_t begin = (image * p.in_h + max64(0, min64(p.in_h, top))) * p.in_w;
+      const int64_t end =
+          ((image + plan.image_count(task + 1) - 1) * p.in_h + max64(0, min64(p.in_h, top + plan.rows))) * p.in_w;
+      next.add(input + begin * p.in_channels, input + max64(begin, end) * p.in_channels);
+      const int64_t pixel = plan.first_pixel(task + 1) * p.out_channels, count = plan.pixels(task + 1) * p.out_channels;
+      for (const T* tensor : beside)
+        if (tensor) next.add(tensor + pixel, tensor + pixel + count);
+    }
+    finite[task] = winograd_bands<F>(bands, largest, b, images, packed, norms, pack, out_rows, p.out_w, plan.first_pixel(task),
+                                     p.out_h * p.out_w, make_epilogue(task), next);
+    stream_fence();  // the epilogue may have streamed its output
+  });
+  for (int64_t task = 0; task < plan.tasks; ++task)
+    if (!finite[task]) return false;
   return true;
 }
 
