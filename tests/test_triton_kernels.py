@@ -1,5 +1,5 @@
-"""The Triton kernels against the float64 oracle: triton_cases.py, on the GPU, or without one under Triton's
-interpreter, which has to be chosen before Triton is imported and so runs in a process of its own."""
+"""The Triton kernels against the float64 oracle: the files triton_*cases.py, on the GPU, or without one under
+Triton's interpreter, which has to be chosen before Triton is imported and so runs in a process of its own."""
 
 import os
 import subprocess
@@ -16,13 +16,14 @@ if triton_kernels.unavailable() is not None:
 
 if torch.cuda.is_available():
     from triton_cases import *  # noqa: F403
+    from triton_elementwise_cases import *  # noqa: F403
 else:
 
     def test_under_the_interpreter():
-        cases = Path(__file__).with_name("triton_cases.py")
+        cases = sorted(map(str, Path(__file__).parent.glob("triton_*cases.py")))
         # The interpreter works in NumPy on small tiles: more threads only get in each other's way.
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(cases)]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *cases]
         run = subprocess.run(command, env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
         assert " passed" in run.stdout
