@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import channels_last, empty
 from .preact_conv_dgrad import preact_conv_dgrad
 from .preact_conv_wgrad import preact_conv_wgrad
@@ -52,6 +52,12 @@ def preact_conv_backward_1x1(
 
 
 def _kernel(dy, weight, x, bn, dz_in, *rest):
+    size = checks.convolution(x, weight, *_GEOMETRY)
+    if weight.shape[2:] != (1, 1):
+        raise RuntimeError(f"expected weight to be of a 1x1 kernel, but got size {list(weight.shape)}")
+    checks.like(dy, "dy", x, size, "y")
+    checks.like(dz_in, "dz_in", x)
+    bn = checks.rows(bn, "bn", 4, x.shape[1], x)
     return preact_conv_backward_1x1(
         channels_last(dy),
         weight,
