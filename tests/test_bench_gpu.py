@@ -47,6 +47,36 @@ class TestCommand:
             main.parse(["speed"])
         assert exit.value.code == 2 and "unknown part 'speed'" in capsys.readouterr().err
 
+    def test_parts_that_are_complete_are_left_out(self, tmp_path, monkeypatch, capsys):
+        """Played: as on a machine with a GPU, with parts that do nothing but finish."""
+        done = []
+
+        def played(name, wrong=0):
+            def run(part, *args):
+                done.append(name)
+                part.add({"name": "row"})
+                part.finish()
+                return wrong
+
+            return run
+
+        monkeypatch.setattr(main, "no_gpu", lambda: None)
+        monkeypatch.setattr(main, "warm_in_processes", lambda names, deadline: done.append(names))
+        monkeypatch.setattr(main, "prepare", lambda: None)
+        monkeypatch.setattr(results, "describe", lambda device: MACHINE)
+        monkeypatch.setattr(results.Part.__init__, "__defaults__", (tmp_path, False))
+        monkeypatch.setattr(timing, "Timer", lambda device: None)
+        monkeypatch.setattr(timing.Ceilings, "measure", lambda timer: CEILINGS)
+        monkeypatch.setattr(correctness, "run", played("correctness"))
+        monkeypatch.setattr(kernels, "run", played("kernels", wrong=2))
+        monkeypatch.setattr(steps, "run", played("steps"))
+        assert main.main(["correctness", "kernels", "--nets", "wrn28_10"]) == 1
+        assert done == ["correctness", ["wrn28_10"], "kernels"]
+        assert main.main(["--nets", "wrn28_10"]) == 0 and done[3:] == ["steps"]
+        assert "kernels: complete in gpu-kernels-cpu.json; --force measures anew" in capsys.readouterr().out
+        assert main.main(["steps", "--force"]) == 0 and done[4:] == ["steps"]
+        assert main.main(["--nets", "vgg"]) == 2 and "unknown net 'vgg'" in capsys.readouterr().err
+
     def test_budgets_are_below_8_minutes(self):
         assert sum(main.BUDGETS.values()) < 8 * 60
 
