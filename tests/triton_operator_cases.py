@@ -94,6 +94,20 @@ def test_residual_add_on_triton(affine, gate):
             test_residual_add.test_against_plain(dtype, affine, gate, alpha, slope)
 
 
+if INTERPRETED:  # the unit's own checks run under the CPU's autocast
+
+    def test_autocast_with_float32_masters():
+        with rf.record_dispatch() as log:
+            test_residual_unit.check_on_average(
+                lambda: test_residual_unit.unit(
+                    "bottleneck", c=16, mid=8, dtype=torch.float16, parameters=torch.float32
+                ),
+                autocast=torch.float16,
+            )
+        ran = ran_on(log)
+        assert set.union(*ran.values()) == {"triton"} and "preact_conv_backward_1x1" in ran
+
+
 def test_float64_is_declined():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=CL)
     bn = torch.rand(4, 3, dtype=torch.float64)
