@@ -1,6 +1,7 @@
 # make demo    install into .venv, then train fused and plain units side by side
 # make test    install into .venv, then run the tests (PYTEST="-k name" narrows them)
 # make bench   install into .venv, then time every primitive and unit
+# make gpu     on a machine with a GPU, in whose Python torch, triton, numpy and pytest are: tests and measures there
 # make build   what the three above do first
 # make clean   remove what was built; make distclean removes .venv too
 # PYTHON, VENV and TORCH choose others, for example: make test VENV=/tmp/venv TORCH="torch==2.13.0"
@@ -9,13 +10,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.10
 PYTEST ?=
+GPU ?=
 
 override VENV := $(abspath $(VENV))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 .SHELLFLAGS := -ec
 
-.PHONY: demo test bench build clean distclean
+.PHONY: demo test bench gpu build clean distclean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -26,6 +28,10 @@ test: build
 
 bench: build
 	@$(BIN)/python -m pytest bench $(PYTEST)
+
+# Runs in the checkout and builds nothing: the Triton kernels need no compiler. GPU="steps --force" are its arguments.
+gpu:
+	@$(PYTHON) -m bench.gpu $(GPU)
 
 # The compiled parts are ninja's business: it is asked each time and does what has changed.
 build: $(VENV)/.installed

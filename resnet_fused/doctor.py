@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from resnet_fused import extension
+from resnet_fused.primitives import dispatch
 from resnet_fused.version import __version__
 
 _SOURCE = Path(__file__).resolve().parent.parent
@@ -132,8 +133,8 @@ def report() -> dict:
     """Everything the doctor knows, ready for JSON.
 
     Keys: ``versions``, ``build`` (what was built, see :func:`extension.build_info`), ``cpu`` (``available``,
-    ``levels`` this CPU runs, the ``level`` in force, ``threads``), ``gpus``, ``failures`` (what did not load and
-    why), ``environment`` (RESNET_FUSED_* variables), ``problems`` (each a ``problem`` and the command to ``mend``
+    ``levels`` this CPU runs, the ``level`` in force, ``threads``), ``gpus``, ``triton`` (why the Triton kernels
+    are not in use, or None), ``failures`` (what did not load and why), ``environment`` (RESNET_FUSED_* variables), ``problems`` (each a ``problem`` and the command to ``mend``
     it) and ``ok``: whether the CPU backend works.
     """
     result = {
@@ -148,6 +149,7 @@ def report() -> dict:
         "build": extension.build_info(),
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "triton": dispatch.unavailable("triton"),
         "failures": dict(extension.failures),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith("RESNET_FUSED_")
@@ -160,7 +162,7 @@ def report() -> dict:
 
 def _lines(found: dict):
     def line(name, value):
-        return f"{name:<14}{value}"
+        return f"{name:<16}{value}"
 
     build, cpu = found["build"], found["cpu"]
     for name, version in found["versions"].items():
@@ -181,6 +183,7 @@ def _lines(found: dict):
         yield line("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB; {kernels}")
     if not found["gpus"]:
         yield line("GPU", "none")
+    yield line("Triton kernels", "in use" if found["triton"] is None else f"not in use: {found['triton']}")
     for name, value in found["environment"].items():
         yield line("set", f"{name}={value}")
     for problem in found["problems"]:

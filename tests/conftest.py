@@ -11,6 +11,19 @@ def cpu_levels() -> tuple[str, ...]:
     return extension.cpu_levels() if extension.cpu_available() else ()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shard", metavar="I/N", help="run every N-th test from the I-th on: for N processes at once"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    shard = config.getoption("--shard")
+    if shard is not None:
+        index, count = map(int, shard.split("/"))
+        items[:] = items[index::count]
+
+
 #: Every backend that can run here, the C++ one at every SIMD level.
 BACKENDS = ["reference", "unfused", *(f"cpu-{level}" for level in cpu_levels())]
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from resnet_fused import doctor, extension
+from resnet_fused.primitives import dispatch
 from resnet_fused.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,6 +210,8 @@ def test_doctor_reports(capsys):
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "The CPU backend works." in text
+    assert report["triton"] == dispatch.unavailable("triton")
+    assert "Triton kernels  " + ("not in use: " if report["triton"] else "in use") in text
     assert doctor.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["versions"] == report["versions"]
 

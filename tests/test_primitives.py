@@ -5,6 +5,7 @@ dtype. The reference itself is held against torch.nn.functional.
 """
 
 import os
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -592,6 +593,50 @@ def test_deterministic(backend, threads, shape, dtype):
 class TestRegistered:
     """The primitives as torch.ops.resnet_fused.*."""
 
+    #: primitive, which argument, what it is instead, the message.
+    WRONG = [
+        ("channel_stats", 0, torch.zeros(3, 4), "expected 4D x (got 2D x)"),
+        ("channel_stats", 0, torch.zeros(1, 3, 2, 2, dtype=torch.long), "a floating dtype, but got int64"),
+        ("bn_act_forward", 1, torch.zeros(3, 3), "expected bn of size [4, 3], but got [3, 3]"),
+        ("bn_act_forward", 1, torch.zeros(4, 3).double(), "bn to have dtype float32, but got float64"),
+        ("bn_act_backward", 0, torch.zeros(2, 3, 5, 3), "expected da of size [2, 3, 5, 4] (x)"),
+        ("bn_act_backward", 3, torch.zeros(2, 3, 5, 4).half(), "dz_in to have the dtype of x, float32, but"),
+        ("preact_apply", 3, torch.zeros(2, 3, 4, 5), "expected dskip of size"),
+        ("preact_apply", 2, torch.zeros(4, 4), "expected coefficients of size [4, 3]"),
+        ("preact_conv_forward", 1, torch.zeros(2, 3), "expected bn of size"),
+        ("preact_conv_forward", 2, torch.zeros(6, 2, 3, 3), "to have 2 channels, but got 3 channels instead"),
+        ("preact_conv_forward", 2, torch.zeros(6, 3, 9, 3), "Kernel size can't be greater than actual input"),
+        ("preact_conv_forward", 2, torch.zeros(6, 3, 3, 3).half(), "weight to have dtype float32, but got"),
+        ("preact_conv_forward", 3, torch.zeros(5), "expected bias of size [6]"),
+        ("preact_conv_forward", 4, torch.zeros(2, 6, 5, 4), "expected residual of size [2, 6, 3, 2] (y)"),
+        ("preact_conv_forward", 6, [0, 1], "non-positive stride"),
+        ("preact_conv_forward", 7, [-1, 1], "negative padding"),
+        ("preact_conv_dgrad", 0, torch.zeros(2, 5, 3, 2), "expected dy of size [2, 6, 3, 2] (y)"),
+        ("preact_conv_dgrad", 8, [0, 0], "dilation should be greater than zero"),
+        ("preact_conv_wgrad", 0, torch.zeros(2, 6, 5, 4), "expected dy of size"),
+        ("preact_conv_wgrad", 3, torch.zeros(6, 3), "expected 4D weight (got 2D weight)"),
+        ("preact_conv_backward_1x1", 1, torch.zeros(6, 3, 3, 3), "expected weight to be of a 1x1 kernel"),
+        ("finalize_forward", 0, None, "expected stats, or running_mean and running_var"),
+        ("finalize_forward", 4, torch.zeros(4), "expected weight of size [3]"),
+        ("finalize_backward", 0, torch.zeros(3, 3), "expected sums of size [2, 3]"),
+        ("update_running_stats", 1, torch.zeros(4), "expected running_var of size [3]"),
+    ]
+
+    @pytest.mark.parametrize(("name", "at", "instead", "message"), WRONG)
+    def test_wrong_arguments(self, name, at, instead, message):
+        args = list(self.arguments()[name])
+        args[at] = instead
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            getattr(torch.ops.resnet_fused, name)(*args)
+
+    @pytest.mark.parametrize("name", ["bn_act_forward", "preact_conv_forward", "preact_conv_wgrad"])
+    def test_coefficients_of_any_strides(self, name):
+        args = list(self.arguments()[name])
+        at = 2 if name == "preact_conv_wgrad" else 1
+        expected = getattr(torch.ops.resnet_fused, name)(*args)
+        args[at] = args[at].t().contiguous().t()
+        torch.testing.assert_close(getattr(torch.ops.resnet_fused, name)(*args), expected, rtol=0, atol=0)
+
     def arguments(self):
         x, dy, bn = torch.randn(2, 3, 5, 4), torch.randn(2, 6, 3, 2), bn_rows(3, torch.float32)
         weight, geometry = torch.randn(6, 3, 3, 3), ([2, 2], [1, 1], [1, 1], 1)
@@ -603,6 +648,7 @@ class TestRegistered:
             "bn_act_backward": (x, x, bn, x, 0.1),
             "preact_conv_forward": (x, bn, weight, torch.randn(6), dy, 0.0, *geometry, True),
             "preact_conv_dgrad": (dy, weight, x, bn, None, 0.0, *geometry),
+            "preact_conv_backward_1x1": (torch.randn(2, 6, 5, 4), weight[..., :1, :1], x, bn, x, 0.1, True),
             "preact_conv_wgrad": (dy, x, bn, weight, 0.0, *geometry, True),
             "finalize_backward": (stats, bn, 40, True),
             "preact_apply": (x, x, bn, x),
@@ -631,7 +677,9 @@ class TestDispatch:
         with pytest.raises(ValueError, match="unknown backend 'gpu', expected one of auto, reference, cpu"):
             rf.use_backend("gpu")
 
-    @pytest.mark.parametrize("name", ["cuda", "triton"])
+    @pytest.mark.parametrize(
+        "name", ["cuda", *(["triton"] if dispatch.unavailable("triton") is not None else [])]
+    )
     def test_unavailable(self, name):
         with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "):
             rf.use_backend(name)
@@ -673,10 +721,7 @@ class TestDispatch:
         assert choose("preact_conv_forward", "cpu", torch.float32, geometry).backend == "cpu"
         assert choose("preact_conv_forward", "cpu", torch.float16, geometry).backend == "unfused"
         assert choose("channel_stats", "cpu", torch.float16).backend == "reference"
-        assert choose("preact_conv_forward", "cuda", torch.float32, geometry) == (
-            "unfused",
-            "no kernels for cuda",
-        )
+        assert choose("channel_stats", "xpu", torch.float32) == ("reference", "no kernels for xpu")
         with rf.use_backend("cpu"), pytest.raises(RuntimeError, match="the tensors are on cuda"):
             choose("channel_stats", "cuda", torch.float32)
         monkeypatch.setattr(dispatch, "prefer_unfused", lambda *a: True)

@@ -73,13 +73,20 @@ def _shape(primitive, kind, config, classes) -> tuple[int, int]:
     return config.columns, max(width for width, members in classes.items() if config in members)
 
 
-def cases(complete: bool) -> list[Case]:
+def cases(complete: bool) -> list:
+    """All that is to be compiled: convolutions, then passes over memory."""
+    return convolution_cases(complete) + pass_cases(complete)
+
+
+def convolution_cases(complete: bool) -> list[Case]:
     from resnet_fused.triton_kernels import configs
 
     found = []
     for name, primitives in configs.shipped().items():
         arch = int(name.removeprefix("sm_"))
         for primitive, precisions in primitives.items():
+            if primitive == "elementwise":
+                continue
             for precision, kinds in precisions.items():
                 for kind, classes in kinds.items():
                     members = list(dict.fromkeys(config for row in classes.values() for config in row))
@@ -116,7 +123,84 @@ def _cases_of_kind(complete, arch, primitive, precision, kind, classes, members)
     return every
 
 
-def launches(case: Case):
+class PassCase(NamedTuple):
+    """One elementwise plan to compile, with every option of its kernel, or the finalize launches."""
+
+    arch: int
+    primitive: str
+    precision: str
+    config: tuple
+    c: int
+    dtype: str
+
+    def __str__(self):
+        tile = "x".join(map(str, self.config))
+        return f"sm{self.arch}-{self.primitive}-{self.precision}-{tile}-c{self.c}-{self.dtype}"
+
+    def launches(self):
+        import importlib
+
+        from resnet_fused.triton_kernels import configs, launch
+
+        module = importlib.import_module(f"resnet_fused.triton_kernels.{self.primitive}")
+        on, dtype = launch.Target(self.arch, MULTIPROCESSORS[self.arch]), getattr(torch, self.dtype)
+        options = {
+            "channel_stats": (),
+            "bn_act_forward": (0.1,),
+            "bn_act_backward": (0.1, True),
+            "preact_apply": (True,),
+            "residual_add": (True, self.c, 0.5, 0.1, True),
+        }
+        if self.primitive == "finalize_forward":
+            parameters = (torch.float32, torch.bfloat16, dtype, dtype)
+            return [
+                module.plan(None, self.c, parameters, False, 1, 1e-5),
+                module.plan(None, self.c, (torch.float32, None, None, None), True, 9, 1e-5),
+            ]
+        if self.primitive == "finalize_backward":
+            return [module.plan(None, self.c, 9, True), module.plan(None, self.c, 9, False)]
+        if self.primitive == "update_running_stats":
+            return [module.plan(None, self.c, (torch.float32, dtype), 9, 0.1)]
+        configs.use_measured(lambda problem: self.config)
+        try:
+            plan = module.Plan(on, dtype, (64, self.c, 28, 28), *options[self.primitive])
+        finally:
+            configs.use_measured(None)
+        return plan.launches()[:1]  # the mergers are compiled with the convolutions
+
+
+PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add")
+FINALIZE = ("finalize_forward", "finalize_backward", "update_running_stats")
+
+
+def pass_cases(complete: bool) -> list[PassCase]:
+    from resnet_fused.triton_kernels import configs
+
+    found = []
+    for name, tables in configs.shipped().items():
+        arch = int(name.removeprefix("sm_"))
+        for precision, kinds in tables["elementwise"].items():
+            classes = kinds["elementwise"]
+            members = [config for row in classes.values() for config in row]
+            dtype = "bfloat16" if precision == "16bit" else "float32"
+            for primitive in PASSES:
+                every = [PassCase(arch, primitive, precision, c, c.columns, dtype) for c in members]
+                every += [every[0]._replace(c=35), every[0]._replace(c=1)]
+                if not complete:
+                    # The largest tile, and on one chip the other dtype and channels that are off the tile.
+                    every = every[:1] if precision == "16bit" else []
+                    if arch == 90 and precision == "16bit":
+                        every.append(every[0]._replace(c=35))
+                found += every
+        found += [PassCase(arch, primitive, "finalize", (), 64, "bfloat16") for primitive in FINALIZE]
+    return found
+
+
+def launches(case):
+    return case.launches() if isinstance(case, PassCase) else convolution_launches(case)
+
+
+def convolution_launches(case: Case):
     from resnet_fused.triton_kernels import (
         configs,
         launch,
@@ -164,7 +248,7 @@ def launches(case: Case):
 
 
 class Compiled(NamedTuple):
-    case: Case
+    case: Case | PassCase
     kernel: str
     registers: int
     stack: int
@@ -188,7 +272,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def compile_case(case: Case) -> list[Compiled]:
+def compile_case(case) -> list[Compiled]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -216,7 +300,8 @@ def problems(row: Compiled) -> list[str]:
         found.append(f"spills: {row.stack} bytes of local memory per thread ({row.registers} registers)")
     if row.shared > SHARED[row.case.arch]:
         found.append(f"{row.shared} bytes of shared memory, the chip has {SHARED[row.case.arch]}")
-    convolution = row.kernel not in ("merge_stats_kernel", "ordered_sum_kernel", "bias_gradient_kernel")
+    small = ("merge_stats_kernel", "ordered_sum_kernel", "bias_gradient_kernel")
+    convolution = isinstance(row.case, Case) and row.kernel not in small
     if convolution and row.case.arch == 90 and row.case.precision == "16bit":
         if "wgmma.mma_async" not in row.products:
             found.append(f"no wgmma, but {row.products}")
@@ -225,7 +310,7 @@ def problems(row: Compiled) -> list[str]:
     return [f"{row.case} {row.kernel}: {text}" for text in found]
 
 
-def compile_all(chosen: list[Case]):
+def compile_all(chosen: list):
     """compile_case over two processes; yields as they finish, in order."""
     # Kernels of one primitive beside each other, so that a process finds the small ones in the cache.
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
@@ -250,6 +335,7 @@ def test_compiles_without_spills():
         "merge_stats_kernel",
         "ordered_sum_kernel",
         "bias_gradient_kernel",
+        *(f"{primitive}_kernel" for primitive in (*PASSES, *FINALIZE)),
     }
     assert kernels >= {(arch, kernel) for arch in SHARED for kernel in expected}
 

@@ -21,7 +21,6 @@ from resnet_fused.primitives.layout import (
     empty_acc,
     suggests_channels_last,
 )
-from resnet_fused.primitives.reference import bias_gradient
 from resnet_fused.primitives.registration import (
     autocast_kernel,
     below_autograd,
@@ -34,6 +33,7 @@ from resnet_fused.primitives.registration import (
 
 from . import autocast, checks, double_backward, running_stats
 from .arguments import pair, resolve_padding
+from .convolution_gradients import convolution_gradients
 from .residual_add import residual_add
 
 
@@ -165,21 +165,15 @@ def _backward(*args):
         return dx, *(t.zero_() for t in rest)
     x, dy, weight, slope = channels_last(a.x), channels_last(a.dy), a.weight, a.negative_slope
     geometry = (a.stride, a.padding, a.dilation, a.groups)
-    dx, sums, dweight, dbias = x.new_empty(0), empty_acc(x, 0), weight.new_empty(0), weight.new_empty(0)
-    if need_weight:
-        dweight, dbias = primitives.preact_conv_wgrad(dy, x, a.bn, weight, slope, *geometry, need_bias)
-    elif need_bias:
-        dbias = bias_gradient(dy, weight)
-    if need_x or need_bn:
-        dz, bn_sums = primitives.preact_conv_dgrad(dy, weight, x, a.bn, None, slope, *geometry)
-        if need_x:
-            count = x.shape[0] * x.shape[2] * x.shape[3]
-            coefficients = primitives.finalize_backward(bn_sums, a.bn, count, a.training)
-            dx = primitives.preact_apply(dz, x, coefficients, None)
-            dx = canonical(dx, suggests_channels_last(a.x))
-        if need_bn:
-            sums = bn_sums
-    return dx, sums, dweight, dbias
+    dz, bn_sums, dweight, dbias = convolution_gradients(
+        dy, x, a.bn, weight, None, slope, geometry, need_x or need_bn, need_weight, need_bias
+    )
+    dx = x.new_empty(0)
+    if need_x:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        coefficients = primitives.finalize_backward(bn_sums, a.bn, count, a.training)
+        dx = canonical(primitives.preact_apply(dz, x, coefficients, None), suggests_channels_last(a.x))
+    return dx, bn_sums if need_bn else empty_acc(x, 0), dweight, dbias
 
 
 _BACKWARD_OP = define(

@@ -20,10 +20,10 @@ from resnet_fused.primitives.layout import (
     empty_acc,
     suggests_channels_last,
 )
-from resnet_fused.primitives.reference import bias_gradient
 from resnet_fused.primitives.registration import below_autograd, define, differentiable
 
 from . import double_backward
+from .convolution_gradients import convolution_gradients
 
 
 class UnitGeometry(NamedTuple):
@@ -92,12 +92,6 @@ class _Mask:
         return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
 
 
-def _wgrad(dy, h, bn, weight, negative_slope, geometry, need_weight, need_bias):
-    if need_weight:
-        return primitives.preact_conv_wgrad(dy, h, bn, weight, negative_slope, *geometry, need_bias)
-    return weight.new_empty(0), bias_gradient(dy, weight) if need_bias else weight.new_empty(0)
-
-
 def _backward(*args):
     a = _Arguments(*args)
     n = len(a.weights)
@@ -112,33 +106,31 @@ def _backward(*args):
     projects = a.shortcut_weight is not None
     dx, dshortcut_weight, dshortcut_bias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     sums, dweights, dbiases = [None] * n, [None] * n, [None] * n
-    if projects:
-        need = (mask.shortcut_weight, mask.shortcut_bias)
-        dshortcut_weight, dshortcut_bias = _wgrad(
-            dout, x, a.bns[0], a.shortcut_weight, slope, geometry.shortcut, *need
-        )
+    dz_shortcut = None
     dy = dout
     for i in reversed(range(n)):
         h, bn, weight, at = x if i == 0 else a.raw[i - 1], a.bns[i], a.weights[i], geometry.convolutions[i]
         sums[i] = empty_acc(x, 0)
+        below = mask.below(i)
+        if i == 0 and projects:
+            need = (below, mask.shortcut_weight, mask.shortcut_bias)
+            dz_shortcut, _, dshortcut_weight, dshortcut_bias = convolution_gradients(
+                dout, x, bn, a.shortcut_weight, None, slope, geometry.shortcut, *need
+            )
         if dy is None:  # nothing further down needs a gradient
             dweights[i], dbiases[i] = weight.new_empty(0), weight.new_empty(0)
             continue
-        dweights[i], dbiases[i] = _wgrad(dy, h, bn, weight, slope, at, mask.weights[i], mask.biases[i])
-        if not mask.below(i):
-            dy = None
-            continue
-        dz = None
-        if i == 0 and projects:
-            dz, _ = primitives.preact_conv_dgrad(
-                dout, a.shortcut_weight, x, bn, None, slope, *geometry.shortcut
-            )
-        dz, bn_sums = primitives.preact_conv_dgrad(dy, weight, h, bn, dz, slope, *at)
+        dz, bn_sums, dweights[i], dbiases[i] = convolution_gradients(
+            dy, h, bn, weight, dz_shortcut, slope, at, below, mask.weights[i], mask.biases[i]
+        )
         dy = None  # free it before the next one is allocated
+        if not below:
+            continue
         if i > 0 or mask.x:
             coefficients = primitives.finalize_backward(bn_sums, bn, count_of(h.shape), a.training[i])
             dskip = dout if i == 0 and not projects else None
             dy = primitives.preact_apply(dz, h, coefficients, dskip)
+        dz = dz_shortcut = None
         if mask.bns[i]:
             sums[i] = bn_sums
     if mask.x:

@@ -10,6 +10,7 @@ from .channel_stats import channel_stats
 from .finalize_backward import finalize_backward
 from .finalize_forward import finalize_forward
 from .preact_apply import preact_apply
+from .preact_conv_backward_1x1 import preact_conv_backward_1x1
 from .preact_conv_dgrad import preact_conv_dgrad
 from .preact_conv_forward import preact_conv_forward
 from .preact_conv_wgrad import preact_conv_wgrad
@@ -23,6 +24,7 @@ __all__ = [
     "finalize_backward",
     "finalize_forward",
     "preact_apply",
+    "preact_conv_backward_1x1",
     "preact_conv_dgrad",
     "preact_conv_forward",
     "preact_conv_wgrad",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import channels_last, empty
 from .registration import define_primitive
 
@@ -27,6 +27,10 @@ def bn_act_backward(
 
 
 def _kernel(da, x, bn, dz_in, slope):
+    checks.activation(x)
+    checks.like(da, "da", x)
+    checks.like(dz_in, "dz_in", x)
+    bn = checks.rows(bn, "bn", 4, x.shape[1], x)
     return bn_act_backward(
         channels_last(da), channels_last(x), bn, None if dz_in is None else channels_last(dz_in), slope
     )

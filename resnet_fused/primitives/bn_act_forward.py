@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import channels_last, empty
 from .registration import define_primitive
 
@@ -19,8 +19,13 @@ def bn_act_forward(x: Tensor, bn: Tensor, slope: float) -> Tensor:
     return dispatch.select("bn_act_forward", x)(x, bn, slope)
 
 
+def _kernel(x, bn, slope):
+    checks.activation(x)
+    return bn_act_forward(channels_last(x), checks.rows(bn, "bn", 4, x.shape[1], x), slope)
+
+
 define_primitive(
     "bn_act_forward(Tensor x, Tensor bn, float slope) -> Tensor",
-    lambda x, bn, slope: bn_act_forward(channels_last(x), bn, slope),
+    _kernel,
     lambda x, bn, slope: empty(x.shape, x),
 )

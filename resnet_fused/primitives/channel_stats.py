@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import acc_dtype, channels_last
 from .registration import define_primitive
 
@@ -21,8 +21,13 @@ def channel_stats(x: Tensor) -> Tensor:
     return dispatch.select("channel_stats", x)(x)
 
 
+def _kernel(x):
+    checks.activation(x)
+    return channel_stats(channels_last(x))
+
+
 def _fake(x):
     return torch.empty(2, x.shape[1], dtype=acc_dtype(x.dtype), device=x.device)
 
 
-define_primitive("channel_stats(Tensor x) -> Tensor", lambda x: channel_stats(channels_last(x)), _fake)
+define_primitive("channel_stats(Tensor x) -> Tensor", _kernel, _fake)

@@ -6,16 +6,22 @@ takes everything.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused import extension
+from resnet_fused import extension, triton_kernels
+from resnet_fused.triton_kernels import support
+
+from . import tuning
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "unfused")
 
+#: The backend with kernels of our own, by type of device.
+_OWN = {"cpu": "cpu", "cuda": "triton"}
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -52,7 +58,8 @@ _logs: list[list[DispatchRecord]] = []
 
 
 def register(primitive: str, *, reference: Callable, unfused: Callable | None = None) -> None:
-    """Make a primitive's implementations known. C++ ones are found by name in torch.ops.resnet_fused_cpu."""
+    """Make a primitive's implementations known. C++ ones are found by name in torch.ops.resnet_fused_cpu,
+    Triton ones by name in triton_kernels, when the first is needed: importing Triton takes a second."""
     implementations = {"reference": reference}
     if unfused is not None:
         implementations["unfused"] = unfused
@@ -65,8 +72,11 @@ def unavailable(backend: str) -> str | None:
     """Why a known backend cannot be used here, or None."""
     if backend == "cpu" and not extension.cpu_available():
         return extension.failures.get("cpu", "its library was not loaded")
-    if backend in ("cuda", "triton"):
-        return f"this version of resnet_fused has no {backend} kernels"
+    if backend == "triton":
+        on = "cpu" if triton_kernels.interpreted() else "cuda"
+        return triton_kernels.unavailable() or triton_kernels.declines_device(on)
+    if backend == "cuda":
+        return "this version of resnet_fused has no cuda kernels"
     return None
 
 
@@ -76,8 +86,9 @@ class use_backend:
     Args:
         name: ``"auto"`` (the default: the best that is there, by primitive, device, dtype and shape),
             ``"reference"`` (plain PyTorch, for comparison), ``"cpu"`` (the C++ kernels wherever they do not
-            decline), ``"unfused"`` (elementwise kernels + the framework's convolutions), ``"cuda"`` or
-            ``"triton"``.
+            decline), ``"triton"`` (the Triton kernels wherever they do not decline: CUDA tensors, or with
+            TRITON_INTERPRET=1 any), ``"unfused"`` (elementwise kernels + the framework's convolutions) or
+            ``"cuda"``.
 
     Raises:
         ValueError: an unknown name.
@@ -108,6 +119,16 @@ class use_backend:
         self._set(self._previous)
 
 
+def forget() -> None:
+    """Choose anew for every shape: what was measured has changed."""
+    use_backend._set(_backend)
+
+
+def implementation(primitive: str, backend: str) -> Callable | None:
+    """A backend's own implementation of a primitive, past every choice; None if it has none."""
+    return _implementations[primitive].get(backend)
+
+
 def current_backend() -> str:
     """The name that use_backend last set."""
     return _backend
@@ -126,19 +147,34 @@ class record_dispatch:
         _logs[:] = [log for log in _logs if log is not self._log]
 
 
-def prefer_unfused(primitive: str, dtype: torch.dtype, geometry: ConvGeometry) -> bool:
-    """Whether the unfused path was measured to be faster than the fused CPU kernel at this shape."""
-    return False
+def prefer_unfused(primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry) -> bool:
+    """Whether the unfused path was measured to be faster than the fused kernel at this shape (``tuning``)."""
+    return device_type == "cuda" and tuning.prefers_unfused(primitive, dtype, geometry)
 
 
 def _cpu_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | None) -> str | None:
     if "cpu" not in _implementations[primitive]:
+        if extension.cpu_available():
+            return "there is no cpu kernel of it"
         return f"the library does not have it ({extension.failures.get('cpu', 'not built')})"
     if dtype not in _CPU_DTYPES:
         return f"the cpu kernels do not take {dtype}"
     if geometry is not None and geometry.groups != 1:
         return f"the cpu kernels do not take groups={geometry.groups}"
     return None
+
+
+def _declines(
+    backend: str, primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry | None
+) -> str | None:
+    """Why a backend with kernels of our own leaves this case to others, or None."""
+    if backend == "cpu":
+        return _cpu_declines(primitive, dtype, geometry)
+    return (
+        triton_kernels.unavailable()
+        or triton_kernels.declines_device(device_type)
+        or support.declines(primitive, dtype, geometry)
+    )
 
 
 def choose(
@@ -148,34 +184,53 @@ def choose(
 
     Args:
         primitive: a name in DESIGN section 3, such as ``"preact_conv_forward"``.
-        geometry: for the three convolution primitives.
+        geometry: for the convolution primitives.
     """
     implementations = _implementations[primitive]
     if _backend == "reference":
         return Choice("reference", "use_backend('reference')")
     if _backend == "cpu" and device_type != "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device_type}")
+    if _backend == "triton" and (why := triton_kernels.declines_device(device_type)) is not None:
+        raise RuntimeError(f"backend 'triton' was asked for, but {why}")
     if _backend == "unfused" and "unfused" in implementations:
         return Choice("unfused", "use_backend('unfused')")
-    if device_type != "cpu":
+    own = "triton" if _backend == "triton" else _OWN.get(device_type)
+    if own is None:
         why = f"no kernels for {device_type}"
     else:
-        why = _cpu_declines(primitive, dtype, geometry)
+        why = _declines(own, primitive, device_type, dtype, geometry)
         if (
             why is None
             and _backend == "auto"
             and geometry is not None
-            and prefer_unfused(primitive, dtype, geometry)
+            and prefer_unfused(primitive, device_type, dtype, geometry)
         ):
             why = "the unfused path was measured to be faster at this shape"
         if why is None:
-            return Choice("cpu", "cpu kernel")
+            return Choice(own, f"{own} kernel")
     return Choice("unfused" if "unfused" in implementations else "reference", why)
 
 
 def _resolve(key: tuple, x: Tensor, geometry: ConvGeometry | None) -> tuple[Callable, Choice]:
-    choice = choose(key[0], x.device.type, x.dtype, geometry)
-    entry = _selected[key] = (_implementations[key[0]][choice.backend], choice)
+    primitive = key[0]
+    choice = choose(primitive, x.device.type, x.dtype, geometry)
+    implementations = _implementations[primitive]
+    if choice.backend == "triton" and "triton" not in implementations:
+        try:
+            implementations["triton"] = triton_kernels.load(primitive)
+        except RuntimeError as error:
+            if _backend == "triton":
+                raise
+            warnings.warn(
+                f"resnet_fused serves CUDA tensors without its Triton kernels, slower: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            choice = choose(primitive, x.device.type, x.dtype, geometry)
+        else:
+            tuning.attach()
+    entry = _selected[key] = (implementations[choice.backend], choice)
     return entry
 
 
@@ -200,10 +255,7 @@ def select_reference(primitive: str, x: Tensor, reason: str) -> Callable:
     return _implementations[primitive]["reference"]
 
 
-def select_convolution(
-    primitive: str, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int
-) -> Callable:
-    """The implementation of a convolution primitive for this shape."""
+def _of_convolution(primitive, x, weight, stride, padding, dilation, groups) -> tuple[Callable, Choice]:
     key = (primitive, x.dtype, x.device, x.shape, weight.shape, *stride, *padding, *dilation, groups)
     entry = _selected.get(key)
     if entry is None:
@@ -211,9 +263,25 @@ def select_convolution(
             tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups
         )
         entry = _resolve(key, x, geometry)
+    return entry
+
+
+def select_convolution(
+    primitive: str, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int
+) -> Callable:
+    """The implementation of a convolution primitive for this shape."""
+    entry = _of_convolution(primitive, x, weight, stride, padding, dilation, groups)
     if _logs:
         _record(primitive, entry[1], x)
     return entry[0]
+
+
+def has_kernel(primitive: str, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
+    """Whether a kernel of our own would run a convolution primitive at this shape."""
+    if x.is_cpu and _backend != "triton" and "cpu" not in _implementations[primitive]:
+        return False
+    choice = _of_convolution(primitive, x, weight, stride, padding, dilation, groups)[1]
+    return choice.backend not in ("reference", "unfused")
 
 
 if "RESNET_FUSED_BACKEND" in os.environ:

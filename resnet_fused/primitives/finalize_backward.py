@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .registration import define_primitive
 
 dispatch.register("finalize_backward", reference=reference.finalize_backward)
@@ -25,8 +25,15 @@ def finalize_backward(sums: Tensor, bn: Tensor, count: int, training: bool) -> T
     return dispatch.select("finalize_backward", sums)(sums, bn, count, training)
 
 
+def _kernel(sums, bn, count, training):
+    if bn.dim() != 2:
+        raise RuntimeError(f"expected 2D bn (got {bn.dim()}D bn)")
+    bn = checks.rows(bn, "bn", 4, bn.shape[1], bn)
+    return finalize_backward(checks.rows(sums, "sums", 2, bn.shape[1], bn), bn, count, training)
+
+
 define_primitive(
     "finalize_backward(Tensor sums, Tensor bn, int count, bool training) -> Tensor",
-    finalize_backward,
+    _kernel,
     lambda sums, bn, count, training: torch.empty(4, bn.shape[1], dtype=bn.dtype, device=bn.device),
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import acc_dtype
 from .registration import define_primitive
 
@@ -34,6 +34,21 @@ def finalize_forward(
     return run(stats, count, running_mean, running_var, weight, bias, eps)
 
 
+def _kernel(stats, count, running_mean, running_var, weight, bias, eps):
+    if stats is None:
+        if running_mean is None or running_var is None:
+            raise RuntimeError("expected stats, or running_mean and running_var")
+        source, channels = running_mean, running_mean.shape[-1]
+        checks.vector(running_mean, "running_mean", channels, source)
+        checks.vector(running_var, "running_var", channels, source)
+    else:
+        source, channels = stats, stats.shape[-1]
+        stats = checks.rows(stats, "stats", 2, channels, source)
+    checks.vector(weight, "weight", channels, source)
+    checks.vector(bias, "bias", channels, source)
+    return finalize_forward(stats, count, running_mean, running_var, weight, bias, eps)
+
+
 def _fake(stats, count, running_mean, running_var, weight, bias, eps):
     source = running_mean if stats is None else stats
     return torch.empty(4, source.shape[-1], dtype=acc_dtype(source.dtype), device=source.device)
@@ -42,6 +57,6 @@ def _fake(stats, count, running_mean, running_var, weight, bias, eps):
 define_primitive(
     "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
     "Tensor? bias, float eps) -> Tensor",
-    finalize_forward,
+    _kernel,
     _fake,
 )

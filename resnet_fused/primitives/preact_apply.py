@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .layout import channels_last, empty
 from .registration import define_primitive
 
@@ -20,10 +20,17 @@ def preact_apply(dz: Tensor, x: Tensor, coefficients: Tensor, dskip: Tensor | No
     return dispatch.select("preact_apply", x)(dz, x, coefficients, dskip)
 
 
+def _kernel(dz, x, coefficients, dskip):
+    checks.activation(x)
+    checks.like(dz, "dz", x)
+    checks.like(dskip, "dskip", x)
+    coefficients = checks.rows(coefficients, "coefficients", 4, x.shape[1], x)
+    dskip = None if dskip is None else channels_last(dskip)
+    return preact_apply(channels_last(dz), channels_last(x), coefficients, dskip)
+
+
 define_primitive(
     "preact_apply(Tensor dz, Tensor x, Tensor coefficients, Tensor? dskip) -> Tensor",
-    lambda dz, x, coefficients, dskip: preact_apply(
-        channels_last(dz), channels_last(x), coefficients, None if dskip is None else channels_last(dskip)
-    ),
+    _kernel,
     lambda dz, x, coefficients, dskip: empty(x.shape, x),
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, unfused
+from . import checks, dispatch, reference, unfused
 from .layout import channels_last, empty
 from .registration import define_primitive
 
@@ -41,14 +41,18 @@ def preact_conv_dgrad(
     return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups)
 
 
-def _kernel(dy, weight, x, bn, dz_in, *rest):
+def _kernel(dy, weight, x, bn, dz_in, slope, *geometry):
+    checks.like(dy, "dy", x, checks.convolution(x, weight, *geometry), "y")
+    checks.like(dz_in, "dz_in", x)
+    bn = checks.rows(bn, "bn", 4, x.shape[1], x)
     return preact_conv_dgrad(
         channels_last(dy),
         weight,
         channels_last(x),
         bn,
         None if dz_in is None else channels_last(dz_in),
-        *rest,
+        slope,
+        *geometry,
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, unfused
+from . import checks, dispatch, reference, unfused
 from .layout import acc_dtype, channels_last, convolution_output_shape, empty
 from .registration import define_primitive
 
@@ -45,9 +45,15 @@ def preact_conv_forward(
     return run(x, bn, weight, bias, residual, slope, stride, padding, dilation, groups, want_stats)
 
 
-def _kernel(x, bn, weight, bias, residual, *rest):
+def _kernel(x, bn, weight, bias, residual, slope, stride, padding, dilation, groups, want_stats):
+    size = checks.convolution(x, weight, stride, padding, dilation, groups)
+    checks.vector(bias, "bias", weight.shape[0], x)
+    checks.like(residual, "residual", x, size, "y")
+    bn = checks.rows(bn, "bn", 4, x.shape[1], x)
+    residual = None if residual is None else channels_last(residual)
+    geometry = (stride, padding, dilation, groups)
     return preact_conv_forward(
-        channels_last(x), bn, weight, bias, None if residual is None else channels_last(residual), *rest
+        channels_last(x), bn, weight, bias, residual, slope, *geometry, want_stats
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, unfused
+from . import checks, dispatch, reference, unfused
 from .layout import channels_last
 from .registration import define_primitive
 
@@ -39,6 +39,15 @@ def preact_conv_wgrad(
     return run(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias)
 
 
+def _kernel(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias):
+    geometry = (stride, padding, dilation, groups)
+    checks.like(dy, "dy", x, checks.convolution(x, weight, *geometry), "y")
+    bn = checks.rows(bn, "bn", 4, x.shape[1], x)
+    return preact_conv_wgrad(
+        channels_last(dy), channels_last(x), bn, weight, slope, *geometry, want_bias
+    )
+
+
 def _fake(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias):
     return torch.empty_like(weight), weight.new_empty(weight.shape[0] if want_bias else 0)
 
@@ -46,6 +55,6 @@ def _fake(dy, x, bn, weight, slope, stride, padding, dilation, groups, want_bias
 define_primitive(
     "preact_conv_wgrad(Tensor dy, Tensor x, Tensor? bn, Tensor weight, float slope, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, bool want_bias) -> (Tensor dweight, Tensor dbias)",
-    lambda dy, x, *rest: preact_conv_wgrad(channels_last(dy), channels_last(x), *rest),
+    _kernel,
     _fake,
 )

@@ -206,6 +206,16 @@ def preact_conv_wgrad(
     return dweight, bias_gradient(dy, weight) if want_bias else weight.new_empty(0)
 
 
+def preact_conv_backward_1x1(
+    dy: Tensor, weight: Tensor, x: Tensor, bn: Tensor, dz_in: Tensor | None, slope: float, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    return (
+        *preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, *geometry),
+        *preact_conv_wgrad(dy, x, bn, weight, slope, *geometry, want_bias),
+    )
+
+
 def finalize_backward(sums: Tensor, bn: Tensor, count: int, training: bool) -> Tensor:
     mean, invstd, scale = bn[0], bn[1], bn[2]
     if not training:

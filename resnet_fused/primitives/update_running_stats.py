@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import checks, dispatch, reference
 from .registration import LIBRARY, define_primitive
 
 dispatch.register("update_running_stats", reference=reference.update_running_stats)
@@ -25,10 +25,18 @@ def update_running_stats(
     run(running_mean, running_var, stats, count, momentum)
 
 
+def _kernel(running_mean, running_var, stats, count, momentum):
+    channels = stats.shape[-1]
+    stats = checks.rows(stats, "stats", 2, channels, stats)
+    checks.vector(running_mean, "running_mean", channels, stats)
+    checks.vector(running_var, "running_var", channels, stats)
+    update_running_stats(running_mean, running_var, stats, count, momentum)
+
+
 _OP = define_primitive(
     "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, "
     "float momentum) -> ()",
-    update_running_stats,
+    _kernel,
     lambda running_mean, running_var, stats, count, momentum: None,
 )
 

@@ -20,17 +20,22 @@ def pre_activation(x, scale, shift):
 
 
 @triton.jit
+def rectify(z, slope, ACTIVATION: tl.constexpr):
+    """act(z) in float32; NaN stays NaN, and ReLU(-inf) is 0."""
+    if ACTIVATION == 1:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == 2:
+        z = tl.where(z > 0, z, z * slope)
+    return z
+
+
+@triton.jit
 def activate(x, scale, shift, slope, ACTIVATION: tl.constexpr):
     """act(x * scale + shift) rounded to x's dtype; NaN stays NaN. scale and shift broadcast to x's shape."""
     if ACTIVATION == 0:
         a = x
     else:
-        z = pre_activation(x, scale, shift)
-        if ACTIVATION == 1:
-            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        else:
-            z = tl.where(z > 0, z, z * slope)
-        a = z.to(x.dtype)
+        a = rectify(pre_activation(x, scale, shift), slope, ACTIVATION).to(x.dtype)
     return a
 
 

@@ -4,8 +4,11 @@ The shipped defaults are data, ``default_configs.json``::
 
     {"sm_90": {"preact_conv_forward": {"16bit": {"tiled": {"64": [[128, 64, 64, 4, 4]]}}}}}
 
-    architecture -> primitive -> precision ("16bit", "tf32", "ieee") -> kind of kernel -> class of columns ->
-    configurations, each [rows, columns, depth, num_warps, num_stages, programs]
+    architecture -> primitive -> precision ("16bit", "tf32", "ieee"; for elementwise kernels "16bit", "32bit")
+    -> kind of kernel -> class of columns -> configurations, each [rows, columns, depth, num_warps,
+    num_stages, programs]
+
+A primitive that is not listed has the table that is named after its kind of kernel ("elementwise").
 
 *rows* and *columns* are the output tile, *depth* the reduction step; ``programs`` (1 if not given) are those
 per multiprocessor of a kernel that loops over tiles, or, for split reductions, how many programs per
@@ -105,7 +108,8 @@ def candidates(
     on: Target, primitive: str, precision: str, kind: str, *, columns: int, depth: int, aligned: bool = True
 ) -> list[Config]:
     """The configurations of a problem's class, from the largest tile down: what a tuner would time."""
-    kinds = shipped()[architecture(on.arch)].get(primitive, {}).get(precision, {})
+    tables = shipped()[architecture(on.arch)]
+    kinds = tables.get(primitive, tables.get(kind, {})).get(precision, {})
     classes = kinds.get(kind, {}) if aligned else kinds.get(f"{kind}-unaligned", {})
     if not classes:
         return []

@@ -307,5 +307,6 @@ def preact_conv_forward(
         want_stats,
         precision(x.dtype),
     )
+    bias = None if bias is None else bias.contiguous()
     with on_device_of(x):
         return plan(x, bn, packed(weight, x.dtype), bias, residual)

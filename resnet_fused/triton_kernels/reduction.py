@@ -13,7 +13,7 @@ from .geometry import ceil_div, next_power_of_two
 from .launch import Launch
 
 #: Above this many groups, a first step reduces them to at most _SECOND.
-_ONE_STEP = 512
+ONE_STEP = 512
 _SECOND = 64
 
 
@@ -28,8 +28,43 @@ def tile_stats(value, in_tile, count):
     mean = tl.sum(tl.where(rows, value, 0.0), 0) / count
     deviation = tl.where(rows, value - mean[None, :], 0.0)
     residue = tl.sum(deviation, 0) / count
-    m2 = tl.sum(deviation * deviation, 0) - residue * residue * count
-    return mean + residue, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return mean + residue, _without_residue(tl.sum(deviation * deviation, 0), residue, count)
+
+
+@triton.jit
+def _without_residue(m2, residue, count):
+    """M2 without what the rounding error of the mean added. Where the squares overflow, this may too, and
+    inf - inf is no number: M2 stays inf, so that 1/sqrt(var) is 0."""
+    corrected = tl.maximum(m2 - residue * residue * count, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(m2 == float("inf"), m2, corrected)
+
+
+@triton.jit
+def add_to_stats(value, in_m, count, mean, m2):
+    """One float32 tile [rows, columns] into the running statistics of every element of the tile: count
+    [rows], mean and M2 [rows, columns]. Welford 1962; elementwise, so a loop over tiles has no reduction in
+    it."""
+    count += tl.where(in_m, 1.0, 0.0)
+    weight = tl.where(in_m, 1.0 / tl.maximum(count, 1.0), 0.0)
+    deviation = value - mean
+    mean = tl.where(in_m[:, None], mean + deviation * weight[:, None], mean)
+    m2 = tl.where(in_m[:, None], m2 + deviation * (value - mean), m2)
+    return count, mean, m2
+
+
+@triton.jit
+def store_stats(count, mean, m2, partial_ptr, group, channels, c, in_c):
+    """Merge what add_to_stats has gathered over the rows (Chan, Golub and LeVeque 1983, eq. 2.1, all at
+    once), and store it as a group of [groups, 2, channels]."""
+    n = count[:, None]
+    total = tl.sum(count, 0)
+    of_all = tl.sum(mean * n, 0) / total
+    deviation = tl.where(n > 0, mean - of_all[None, :], 0.0)
+    residue = tl.sum(deviation * n, 0) / total
+    between = _without_residue(tl.sum(deviation * deviation * n, 0), residue, total)
+    partial = partial_ptr + tl.cast(group, tl.int64) * (2 * channels) + c
+    tl.store(partial, of_all + residue, mask=in_c)
+    tl.store(partial + channels, tl.sum(m2, 0) + between, mask=in_c)
 
 
 @triton.jit(do_not_specialize=["groups", "channels", "total", "rows_per_group", "groups_per_program"])
@@ -129,7 +164,7 @@ class _TwoSteps:
 
     def __init__(self, groups: int, make, size: tuple[int, ...]):
         self.first = None
-        if groups > _ONE_STEP:
+        if groups > ONE_STEP:
             per_program = ceil_div(groups, _SECOND)
             programs = ceil_div(groups, per_program)
             self.first = make(groups, per_program, programs, False)

@@ -1,0 +1,18 @@
+"""Whole operators through the Triton primitives: on the GPU, or without one under Triton's interpreter. Apart
+from test_triton_kernels.py, whose tests keep their tensors on the CPU."""
+
+import pytest
+import torch
+from interpreter import run_cases
+
+from resnet_fused import triton_kernels
+
+if triton_kernels.unavailable() is not None:
+    pytest.skip(triton_kernels.unavailable(), allow_module_level=True)
+
+if torch.cuda.is_available():
+    from triton_operator_cases import *  # noqa: F403
+else:
+
+    def test_under_the_interpreter():
+        run_cases("triton_operator_cases.py")
