@@ -1,5 +1,13 @@
 """The public functions: fused twins of compositions of ``torch.nn.functional``."""
 
-from .ops import BatchNormArgs, ConvArgs, conv2d_stats, preact_conv2d, residual_add, residual_unit
+from .ops import BatchNormArgs, ConvArgs, conv2d_stats, preact, preact_conv2d, residual_add, residual_unit
 
-__all__ = ["BatchNormArgs", "ConvArgs", "conv2d_stats", "preact_conv2d", "residual_add", "residual_unit"]
+__all__ = [
+    "BatchNormArgs",
+    "ConvArgs",
+    "conv2d_stats",
+    "preact",
+    "preact_conv2d",
+    "residual_add",
+    "residual_unit",
+]

@@ -167,9 +167,7 @@ def test_statistics_travel_through_the_whole_net(monkeypatch):
     monkeypatch.setattr(rf.functional, "residual_unit", residual_unit)
     fused, _ = pair(14)
     fused(torch.randn(2, 3, 16, 16))
-    assert given == [(True, True)] * 5 + [
-        (True, False)
-    ]  # from the first convolution on; the last norm is a plain one
+    assert given == [(True, True)] * 6  # from the first convolution to the last norm
 
 
 def test_options_reach_the_units():

@@ -108,8 +108,11 @@ class PreActResNetCifar(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._fused_stages(x) if self.fused else self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        x = reference.activation(self.bn(x), self.negative_slope)
+        if self.fused:
+            x = self._fused_stages(x)
+        else:
+            x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+            x = reference.activation(self.bn(x), self.negative_slope)
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; that of mean() does not
         return self.fc(x)
 
@@ -119,4 +122,6 @@ class PreActResNetCifar(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x, x_stats = units.convolution_with_stats(self.conv1, x, self.layer1)
         x = x.contiguous(memory_format=torch.channels_last)
-        return units.run_in_turn(stages, x, x_stats)[0]
+        wanted = units.is_fusable(self.bn) and units.uses_batch_statistics(self.bn)
+        x, x_stats = units.run_in_turn(stages, x, x_stats, return_stats=wanted)
+        return units.norm_with_stats(self.bn, x, x_stats, self.negative_slope)

@@ -162,6 +162,25 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     )
 
 
+def norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
+    """``act(bn(x))``, the end of a net, given the statistics of ``x`` or None."""
+    if not (isinstance(bn, nn.BatchNorm2d) and is_fusable(bn)):
+        return reference.activation(bn(x), negative_slope)
+    args = batch_norm_args(bn)
+    return F.preact(
+        x,
+        args.weight,
+        args.bias,
+        args.running_mean,
+        args.running_var,
+        training=args.training,
+        momentum=args.momentum,
+        eps=args.eps,
+        negative_slope=negative_slope,
+        x_stats=x_stats,
+    )
+
+
 class PreActConv2d(StatsModule, reference.PreActConv2d):
     __doc__ = reference.PreActConv2d.__doc__
 

@@ -3,8 +3,17 @@ autograd, autocast and public function, one file each."""
 
 from .arguments import BatchNormArgs, ConvArgs
 from .conv2d_stats import conv2d_stats
+from .preact import preact
 from .preact_conv2d import preact_conv2d
 from .residual_add import residual_add
 from .residual_unit import residual_unit
 
-__all__ = ["BatchNormArgs", "ConvArgs", "conv2d_stats", "preact_conv2d", "residual_add", "residual_unit"]
+__all__ = [
+    "BatchNormArgs",
+    "ConvArgs",
+    "conv2d_stats",
+    "preact",
+    "preact_conv2d",
+    "residual_add",
+    "residual_unit",
+]
