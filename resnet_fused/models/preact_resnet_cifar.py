@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import reference, units
+from ..primitives.layout import acc_dtype
 
 __all__ = ["PreActResNetCifar", "blocks_per_stage"]
 
@@ -110,10 +111,13 @@ class PreActResNetCifar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             x = self._fused_stages(x)
+            # A mean whose gradient is scaled before it is spread over the pixels, where pooling's fills two images.
+            pixels = x.shape[2] * x.shape[3]
+            x = (x.sum((2, 3), dtype=acc_dtype(x.dtype)) / pixels).to(x.dtype)
         else:
             x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
             x = reference.activation(self.bn(x), self.negative_slope)
-        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; that of mean() does not
+            x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not
         return self.fc(x)
 
     def _fused_stages(self, x: Tensor) -> Tensor:
