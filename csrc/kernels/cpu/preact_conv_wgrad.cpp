@@ -242,8 +242,8 @@ template <typename M, typename T> struct Wgrad {
 }  // namespace
 
 template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params) {
-  if constexpr (kHasWinogradWgrad<T>)
-    if (winograd_fits<T>(params.g) && winograd_wgrad<T>(params)) return;
+  if constexpr (kHasWinograd<T>)
+    if (winograd_wgrad_fits<T>(params.g) && winograd_wgrad<T>(params)) return;
   const WgradPlan plan = plan_wgrad<Acc<T>>(params.g, 0);
 #if RF_LEVEL >= 3
   // With an odd width a pair would take in a pixel that belongs to no product, and 0 * Inf is NaN.

@@ -7,7 +7,8 @@
 // float32 takes m = 2: 2.25 times fewer products, constants 0, 1, -1 and 1/2 (small integers stay exact), errors below those
 // of a direct sum over channels and taps. bfloat16 takes m = 4: 4 times fewer products, of float32 values; constants such as
 // 8 and 1/6 cost a few bits of 24, of which the result keeps 8. Only a sum that should be 0 would show it, so sums are rounded
-// to a grid (Grid) well above these errors and well below what bfloat16 holds: small integers come out exact here too.
+// to a grid (Grid) well above these errors and well below what bfloat16 holds: small integers come out exact here too. (In the
+// weight gradient the transforms before the sums have integer constants, and the one after them is in double.)
 //
 // An Inf or NaN spreads over the inputs of its tile: what comes out not all finite is done again by the direct convolution,
 // which also serves finite values that overflow here.
@@ -50,10 +51,10 @@ template <> struct Filter<2> {
     z[2] = y[0] - y[1];
     z[3] = V{} - y[1];
   }
-  RF_INLINE_METHOD static void weight_gradient(const V (&u)[4], V (&g)[3]) {  // G^T
-    const V half = splat<float>(0.5f), even = (u[1] + u[2]) * half;
+  RF_INLINE_METHOD static void weight_gradient(const vdouble (&u)[4], vdouble (&g)[3]) {  // G^T
+    const vdouble even = (u[1] + u[2]) * 0.5;
     g[0] = u[0] + even;
-    g[1] = (u[1] - u[2]) * half;
+    g[1] = (u[1] - u[2]) * 0.5;
     g[2] = even + u[3];
   }
 };
@@ -98,21 +99,18 @@ template <> struct Filter<4> {
     z[4] = even2 - odd2;
     z[5] = y[3];
   }
-  RF_INLINE_METHOD static void weight_gradient(const V (&u)[6], V (&g)[3]) {
-    const V sum1 = (u[1] + u[2]) * (1 / 6.f), diff1 = (u[1] - u[2]) * (1 / 6.f);
-    const V sum2 = u[3] + u[4], diff2 = u[3] - u[4];
-    g[0] = u[0] * 0.25f - sum1 + sum2 * (1 / 24.f);
-    g[1] = diff2 * (1 / 12.f) - diff1;
-    g[2] = sum2 * (1 / 6.f) - sum1 + u[5];
+  // In double: thirds of sums that nearly cancel.
+  RF_INLINE_METHOD static void weight_gradient(const vdouble (&u)[6], vdouble (&g)[3]) {
+    const vdouble sum1 = (u[1] + u[2]) * 4.0, diff1 = (u[1] - u[2]) * 4.0;
+    const vdouble sum2 = u[3] + u[4], diff2 = u[3] - u[4];
+    g[0] = (u[0] * 6.0 - sum1 + sum2) / 24.0;
+    g[1] = (diff2 * 2.0 - diff1) / 24.0;
+    g[2] = (sum2 * 4.0 - sum1 + u[5] * 24.0) / 24.0;
   }
 };
 
 template <typename T> using FilterOf = Filter<sizeof(T) == 2 ? 4 : 2>;
 template <typename T> constexpr bool kHasWinograd = sizeof(Acc<T>) == sizeof(float);
-
-// The weight gradient sums over pixels, where nothing is known of a sum's size: m = 2, and so only where the direct algorithm
-// multiplies float32 values too.
-template <typename T> constexpr bool kHasWinogradWgrad = kHasWinograd<T> && ModeOf<T>::type::kUnitChannels == 1;
 
 // Whether the products save more than the transforms cost. Channels below a vector leave most lanes of a transform idle.
 template <typename T> static bool winograd_fits(const ConvGeometry& g) {

@@ -11,10 +11,29 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
+// Whether there are tiles enough: every part of the work writes, reads and adds its 16 or 36 sums per weight, which large
+// weights do in memory, not in a cache.
+template <typename T> static bool winograd_wgrad_fits(const ConvGeometry& g) {
+  const int64_t tiles = g.n * divide_up(g.p, FilterOf<T>::kTile) * divide_up(g.q, FilterOf<T>::kTile);
+  return winograd_fits<T>(g) && tiles >= max64(64, min64(kPartTiles, g.c * g.k / 64));
+}
+
+// Half a vector of floats as doubles.
+typedef float vfloat_half __attribute__((vector_size(RF_VECTOR_BYTES / 2)));
+RF_INLINE vdouble load_wide(const float* p) {
+  vfloat_half v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vdouble);
+}
+RF_INLINE void store_narrow(float* p, vdouble v) {
+  const vfloat_half narrow = __builtin_convertvector(v, vfloat_half);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
 template <typename T> struct WinogradWgrad {
   typedef ModeF32 M;
   typedef float A;
-  typedef Filter<2> F;
+  typedef FilterOf<T> F;
   static constexpr int L = kLanes<A>, P = F::kPoints, TILE = F::kTile;
 
   const PreactConvWgradParams& params;
@@ -150,26 +169,29 @@ template <typename T> struct WinogradWgrad {
       const int64_t channel = block * L;
       Vec<A> probe = {};
       for (int64_t k = task % outputs * kOutputs; k < min64(g.k, (task % outputs + 1) * kOutputs); ++k) {
-        vfloat columns[P][3];
-        for (int j = 0; j < P; ++j) {
-          vfloat u[P];
-          for (int r = 0; r < P; ++r) {
-            const int64_t position = r * P + j;
-            const A* from = partials + ((position * plan.blocks + group) * g.k + k * vectors + block - group) * L;
-            u[r] = load(from);
-            for (int64_t part = 1; part < plan.parts; ++part) u[r] += load(from + part * stride);
-          }
-          F::weight_gradient(u, columns[j]);
-        }
+        const A* const first = partials + (group * g.k + k * vectors + block - group) * L;
         const int64_t base = channel * layout.stride_c + k * layout.stride_k, lanes = min64(L, g.c - channel);
-        for (int r = 0; r < 3; ++r) {
-          vfloat row[P], taps[3];
-          for (int j = 0; j < P; ++j) row[j] = columns[j][r];
-          F::weight_gradient(row, taps);
-          for (int s = 0; s < 3; ++s) {
-            probe += taps[s] * 0.f;
-            write_weight<T>(params.dweight, layout, base + r * layout.stride_r + s * layout.stride_s, taps[s], lanes);
+        A taps[9][L];
+        for (int half = 0; half < 2; ++half) {
+          vdouble columns[P][3];
+          for (int j = 0; j < P; ++j) {
+            vdouble u[P] = {};
+            for (int r = 0; r < P; ++r)
+              for (int64_t part = 0; part < plan.parts; ++part)
+                u[r] += load_wide(first + (r * P + j) * plan.blocks * g.k * L + part * stride + half * L / 2);
+            F::weight_gradient(u, columns[j]);
           }
+          for (int r = 0; r < 3; ++r) {
+            vdouble row[P], g3[3];
+            for (int j = 0; j < P; ++j) row[j] = columns[j][r];
+            F::weight_gradient(row, g3);
+            for (int s = 0; s < 3; ++s) store_narrow(taps[3 * r + s] + half * L / 2, g3[s]);
+          }
+        }
+        for (int tap = 0; tap < 9; ++tap) {
+          const vfloat value = load(taps[tap]);
+          probe += value * 0.f;
+          write_weight<T>(params.dweight, layout, base + tap / 3 * layout.stride_r + tap % 3 * layout.stride_s, value, lanes);
         }
       }
       A lane_probe[L];
@@ -188,7 +210,7 @@ template <typename T> struct WinogradWgrad {
 
 // Returns false, with dweight and dbias to be computed again, if not all sums were finite.
 template <typename T> static bool winograd_wgrad(const PreactConvWgradParams& params) {
-  return WinogradWgrad<T>{params, params.g, plan_wgrad<float>(params.g, 2)}.run();
+  return WinogradWgrad<T>{params, params.g, plan_wgrad<float>(params.g, FilterOf<T>::kTile)}.run();
 }
 
 }  // namespace RF_VARIANT
