@@ -41,9 +41,9 @@ def activate(x, scale, shift, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
-    """da * act'(z), act'(z) = 1 where z > 0, else slope."""
+    """da * act'(z), act'(z) = 1 where z > 0, else slope; where z is NaN as PyTorch has it for either."""
     if ACTIVATION == 1:
-        d = tl.where(z > 0, da, 0.0)
+        d = tl.where(z <= 0, 0.0, da)
     else:
         d = tl.where(z > 0, da, da * slope)
     return d
