@@ -1,0 +1,27 @@
+// How much room the convolutions' partial results take; the same arithmetic as their launches.
+#include "index.h"
+#include "reduction.h"
+#include "rows.h"
+
+namespace resnet_fused {
+namespace cuda {
+
+int64_t conv_forward_partial_floats(const ConvGeometry& g) {
+  return partial_floats(plan_forward(g).tiles, 2 * g.k);
+}
+
+int64_t conv_dgrad_partial_floats(const ConvGeometry& g) {
+  return partial_floats(plan_dgrad(g).tiles, 2 * g.c);
+}
+
+int64_t conv_wgrad_partial_floats(const ConvGeometry& g, int element_bytes, bool want_bias,
+                                  int multiprocessors) {
+  const WgradSplit split = wgrad_split(g, element_bytes, multiprocessors);
+  const int64_t weight = partial_floats(split.splits, g.k * split.columns);
+  const int64_t bias =
+      want_bias ? rows_partial_floats(g.n * g.p * g.q, g.k, element_bytes, multiprocessors) : 0;
+  return weight > bias ? weight : bias;
+}
+
+}  // namespace cuda
+}  // namespace resnet_fused
