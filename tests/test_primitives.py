@@ -633,6 +633,8 @@ class TestDispatch:
 
     @pytest.mark.parametrize("name", ["cuda", "triton"])
     def test_unavailable(self, name):
+        if dispatch.unavailable(name) is None:
+            pytest.skip(f"{name} is available here")
         with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "):
             rf.use_backend(name)
         assert dispatch.current_backend() == "auto"
@@ -673,9 +675,9 @@ class TestDispatch:
         assert choose("preact_conv_forward", "cpu", torch.float32, geometry).backend == "cpu"
         assert choose("preact_conv_forward", "cpu", torch.float16, geometry).backend == "unfused"
         assert choose("channel_stats", "cpu", torch.float16).backend == "reference"
-        assert choose("preact_conv_forward", "cuda", torch.float32, geometry) == (
+        assert choose("preact_conv_forward", "xpu", torch.float32, geometry) == (
             "unfused",
-            "no kernels for cuda",
+            "no kernels for xpu",
         )
         with rf.use_backend("cpu"), pytest.raises(RuntimeError, match="the tensors are on cuda"):
             choose("channel_stats", "cuda", torch.float32)

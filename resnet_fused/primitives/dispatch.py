@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import extension
+from resnet_fused import cuda_kernels, extension
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "unfused")
 
@@ -52,12 +52,15 @@ _logs: list[list[DispatchRecord]] = []
 
 
 def register(primitive: str, *, reference: Callable, unfused: Callable | None = None) -> None:
-    """Make a primitive's implementations known. C++ ones are found by name in torch.ops.resnet_fused_cpu."""
+    """Make a primitive's implementations known. C++ ones are found by name in
+    torch.ops.resnet_fused_cpu and torch.ops.resnet_fused_cuda."""
     implementations = {"reference": reference}
     if unfused is not None:
         implementations["unfused"] = unfused
     if extension.cpu_available() and hasattr(torch.ops.resnet_fused_cpu, primitive):
         implementations["cpu"] = getattr(torch.ops.resnet_fused_cpu, primitive).default
+    if (cuda := cuda_kernels.implementation(primitive, unfused)) is not None:
+        implementations["cuda"] = cuda
     _implementations[primitive] = implementations
 
 
@@ -65,7 +68,9 @@ def unavailable(backend: str) -> str | None:
     """Why a known backend cannot be used here, or None."""
     if backend == "cpu" and not extension.cpu_available():
         return extension.failures.get("cpu", "its library was not loaded")
-    if backend in ("cuda", "triton"):
+    if backend == "cuda":
+        return cuda_kernels.unavailable()
+    if backend == "triton":
         return f"this version of resnet_fused has no {backend} kernels"
     return None
 
@@ -141,6 +146,16 @@ def _cpu_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | N
     return None
 
 
+def _cuda_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | None) -> str | None:
+    if "cuda" not in _implementations[primitive]:
+        return f"no cuda kernels ({cuda_kernels.unavailable() or 'the library does not have this one'})"
+    why = cuda_kernels.declines(primitive, dtype, geometry)
+    if why is None and _backend == "auto" and geometry is not None:
+        if not cuda_kernels.expected_faster(primitive, dtype, geometry):
+            why = "the unfused path is expected to be faster at this shape (by a model; nothing is measured)"
+    return why
+
+
 def choose(
     primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry | None = None
 ) -> Choice:
@@ -155,9 +170,15 @@ def choose(
         return Choice("reference", "use_backend('reference')")
     if _backend == "cpu" and device_type != "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device_type}")
+    if _backend == "cuda" and device_type != "cuda":
+        raise RuntimeError(f"backend 'cuda' was asked for, but the tensors are on {device_type}")
     if _backend == "unfused" and "unfused" in implementations:
         return Choice("unfused", "use_backend('unfused')")
-    if device_type != "cpu":
+    if device_type == "cuda":
+        why = _cuda_declines(primitive, dtype, geometry)
+        if why is None:
+            return Choice("cuda", "cuda kernel")
+    elif device_type != "cpu":
         why = f"no kernels for {device_type}"
     else:
         why = _cpu_declines(primitive, dtype, geometry)

@@ -27,7 +27,7 @@ cudaError_t launch(dim3 grid, int threads, size_t shared, Stream, const Params& 
 template <auto kernel, typename Params>
 cudaError_t launch(dim3 grid, int threads, size_t shared, Stream stream, const Params& params) {
   if (shared > 48 * 1024) {
-    // Once a device would do, but it takes less than a microsecond and needs no state.
+    // Once a device would do; asked every time, it needs no state.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
