@@ -119,6 +119,10 @@ class Case:
     def wgrad(self, run, want_bias=True):
         return run(self.dy, self.x, self.bn, self.weight, self.slope, *self.shape.geometry, want_bias)
 
+    def backward_1x1(self, run):
+        """(dz, sums, dweight, dbias)"""
+        return run(self.dy, self.weight, self.x, self.bn, self.dz_in, self.slope, True)
+
     def plain(self):
         """(y, dz, dweight, dbias) in plain PyTorch in the same dtype, with TF32 where it applies, and in float64."""
         x, bn, weight, dy, dz_in, g = self.x, self.bn, self.weight, self.dy, self.dz_in, self.shape.geometry
@@ -226,6 +230,71 @@ def test_small_integers_are_exact(cuda, part):
         assert torch.equal(dz, expected[0]) and torch.equal(sums, expected[1]), shape
         assert all(map(torch.equal, gradients, case.wgrad(reference.preact_conv_wgrad))), shape
         check_stats(stats, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+class TestBothGradientsOf1x1:
+    SHAPES = (Shape(2, 64, 9, 8, 64), Shape(1, 8, 1, 1, 8), Shape(3, 72, 11, 10, 40), Shape(1, 136, 7, 9, 16))
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+    def test_trust_rule(self, cuda, shape, dtype):
+        case = Case(shape, dtype)
+        plain, oracle = (results[1:] for results in case.plain())
+        dz, sums, dweight, dbias = case.backward_1x1(cuda.preact_conv_backward_1x1)
+        terms = case.dy.double().abs().sum((0, 2, 3))
+        assert_trusted(dz, plain[0], oracle[0], "dz")
+        assert_trusted(dweight, plain[1], oracle[1], "dweight")
+        assert_trusted(dbias, plain[2], oracle[2], "dbias", terms)
+        check_sums(sums, dz, case.x, case.bn)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+    def test_same_in_every_order_and_however_late_copies_are(self, cuda, shape, dtype):
+        case, results = Case(shape, dtype), []
+        try:
+            for order, late in ((0, False), (1, True), (2, True), (3, False)):
+                cuda.set_schedule(order, late)
+                results.append(case.backward_1x1(cuda.preact_conv_backward_1x1))
+        finally:
+            cuda.set_schedule(0, False)
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+    def test_small_integers_are_exact(self, cuda, dtype):
+        draw = random.Random(1)
+        for i in range(40):
+            shape = Shape(
+                draw.randint(1, 4), 8 * draw.randint(1, 18), draw.randint(1, 13), draw.randint(1, 13),
+                8 * draw.randint(1, 8),
+            )  # fmt: skip
+            case = Case(shape, dtype, integers=True, slope=0.0, weight_dtype=torch.float32)
+            cuda.set_multiprocessors(1 + i % 5)
+            found = case.backward_1x1(cuda.preact_conv_backward_1x1)
+            expected = *case.dgrad(reference.preact_conv_dgrad), *case.wgrad(reference.preact_conv_wgrad)
+            assert all(map(torch.equal, found, expected)), shape
+
+    def test_what_is_optional_and_empty(self, cuda, dtype):
+        case = Case(self.SHAPES[2], dtype)
+        case.dz_in = None
+        dz, sums, dweight, dbias = cuda.preact_conv_backward_1x1(
+            case.dy, case.weight, case.x, case.bn, None, 0.0, False
+        )
+        assert dbias.shape == (0,)
+        case.slope = 0.0
+        torch.testing.assert_close(dz, case.dgrad(cuda.preact_conv_dgrad)[0])
+        check_sums(sums, dz, case.x, case.bn)
+        case.bn[3, 1] = torch.inf  # rows past the last must not bring act(shift) into the sum
+        case.x[:, 1] = -torch.inf
+        case.bn[2, 1] = 1.0
+        dweight = case.backward_1x1(cuda.preact_conv_backward_1x1)[2]
+        assert dweight[:, 2:].isfinite().all()
+        none = Case(Shape(0, 8, 5, 5, 16), dtype)
+        before = cuda.launches()
+        dz, sums, dweight, dbias = none.backward_1x1(cuda.preact_conv_backward_1x1)
+        assert dz.shape == none.x.shape and not (sums.any() or dweight.any() or dbias.any())
+        assert cuda.launches() == before
+        wide = Case(Shape(1, 8, 2, 2, 72), dtype)
+        with pytest.raises(RuntimeError, match="at most 64 output channels"):
+            wide.backward_1x1(cuda.preact_conv_backward_1x1)
 
 
 def test_many_tiles_are_merged_in_two_steps(cuda):
@@ -414,6 +483,10 @@ def test_launches(cuda):
     assert launches(lambda: cuda.preact_apply(case.x, case.x, case.bn, None)) == 1
     assert launches(lambda: cuda.residual_add(case.x, case.x, None, None, 1.0, None, True)) == 2
     assert launches(lambda: cuda.finalize_forward(torch.ones(2, 16), 4, None, None, None, None, 1e-5)) == 1
+    narrow = Case(Shape(2, 16, 8, 8, 16), torch.bfloat16)
+    backward = cuda.preact_conv_backward_1x1
+    arguments = (narrow.dy, narrow.weight, narrow.x, narrow.bn, None, 0.0, False)
+    assert launches(lambda: backward(*arguments)) == 3
     case.weight = case.weight.float()
     assert launches(lambda: case.forward(cuda.preact_conv_forward)) == 3  # and the rounding of the weight
 
@@ -486,6 +559,8 @@ for shape, dtype, at_end in itertools.product(SHAPES, (torch.float32, torch.bflo
     case.forward(cuda.preact_conv_forward)
     case.dgrad(cuda.preact_conv_dgrad)
     case.wgrad(cuda.preact_conv_wgrad)
+    if shape.kernel == shape.stride == 1 and shape.k <= 64:
+        case.backward_1x1(cuda.preact_conv_backward_1x1)
     cuda.channel_stats(case.x), cuda.bn_act_forward(case.x, case.bn, 0.0)
     cuda.bn_act_backward(case.dz_in, case.x, case.bn, case.dz_in, 0.0)
     cuda.preact_apply(case.dz_in, case.x, case.bn, case.dz_in)

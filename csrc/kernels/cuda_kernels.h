@@ -163,5 +163,19 @@ int64_t conv_wgrad_partial_floats(const ConvGeometry&, int element_bytes, bool w
                                   int multiprocessors);
 template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams&, Stream);
 
+// The sum of dy [rows, k] per channel, in the first row of out [2, k].
+template <typename T>
+cudaError_t bias_gradient(const void* dy, int64_t rows, int64_t k, float* partial, float* out, Stream);
+
+// Both gradients of a convolution that backward_1x1_supported (index.h) takes, in one kernel. The geometries
+// and dy, x, bn and slope of the two are the same.
+struct Backward1x1Partial {
+  int64_t sums, dweight;  // floats
+};
+Backward1x1Partial backward_1x1_partial_floats(const ConvGeometry&, int element_bytes, bool want_bias,
+                                               int multiprocessors);
+template <typename T>
+cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams&, const PreactConvWgradParams&, Stream);
+
 }  // namespace cuda
 }  // namespace resnet_fused

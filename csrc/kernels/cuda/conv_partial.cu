@@ -23,5 +23,14 @@ int64_t conv_wgrad_partial_floats(const ConvGeometry& g, int element_bytes, bool
   return weight > bias ? weight : bias;
 }
 
+Backward1x1Partial backward_1x1_partial_floats(const ConvGeometry& g, int element_bytes, bool want_bias,
+                                               int multiprocessors) {
+  const int64_t programs = backward_1x1_split(g, multiprocessors).programs;
+  const int64_t weight = partial_floats(programs, g.k * g.c);
+  const int64_t bias =
+      want_bias ? rows_partial_floats(g.n * g.h * g.w, g.k, element_bytes, multiprocessors) : 0;
+  return {partial_floats(programs, 2 * g.c), weight > bias ? weight : bias};
+}
+
 }  // namespace cuda
 }  // namespace resnet_fused

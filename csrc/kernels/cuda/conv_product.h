@@ -289,15 +289,6 @@ template <typename Tile, typename T> struct ConvProduct {
   }
 };
 
-template <typename T> __device__ __forceinline__ void load8(const T* at, float* out) {
-#pragma unroll
-  for (int j = 0; j < 8; j += kChunk<T>) load<T, kChunk<T>>(at + j, out + j);
-}
-template <typename T> __device__ __forceinline__ void store8(T* at, const float* in) {
-#pragma unroll
-  for (int j = 0; j < 8; j += kChunk<T>) store<T, kChunk<T>>(at + j, in + j);
-}
-
 #endif
 
 inline ConvProductParams product_params(const ConvPlan& plan, const void* source, const void* weight,

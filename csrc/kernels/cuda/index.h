@@ -247,6 +247,28 @@ inline WgradSplit wgrad_split(const ConvGeometry& g, int element_bytes, int mult
   return split;
 }
 
+// Both gradients of a 1x1 convolution in one kernel: a block has 64 input channels, all output channels, and
+// every programs-th tile of 64 pixels.
+constexpr int kBackward1x1Rows = 64;
+
+inline bool backward_1x1_supported(const ConvGeometry& g) {
+  return conv_supported(g) && g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 &&
+         g.pad_w == 0 && g.k <= 64;
+}
+
+struct Backward1x1Split {
+  int64_t tiles, channel_blocks, programs;
+};
+
+inline Backward1x1Split backward_1x1_split(const ConvGeometry& g, int multiprocessors) {
+  Backward1x1Split split{};
+  split.tiles = divide_up(g.n * g.h * g.w, kBackward1x1Rows);
+  split.channel_blocks = divide_up(g.c, 64);
+  split.programs = divide_up(2 * int64_t{multiprocessors}, split.channel_blocks);
+  if (split.programs > split.tiles) split.programs = split.tiles;
+  return split;
+}
+
 // Partial results [groups][columns] are merged in one step, or above this many groups in two.
 constexpr int64_t kOneStepGroups = 512;
 constexpr int64_t kGroupsPerBlock = 128;

@@ -216,9 +216,17 @@ template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams&
                             params.plan.taps_total};
   error = merge_weight(p.partial, split.splits, p.g.k * split.columns, weight, stream);
   if (error != cudaSuccess || !p.dbias) return error;
-  return launch_rows<T, BiasGradient<T>>({static_cast<const T*>(p.dy)}, true, params.plan.phase[0].rows,
-                                         p.g.k, p.partial, p.dbias, stream);
+  return bias_gradient<T>(p.dy, params.plan.phase[0].rows, p.g.k, p.partial, p.dbias, stream);
 }
+
+template <typename T>
+cudaError_t bias_gradient(const void* dy, int64_t rows, int64_t k, float* partial, float* out,
+                          Stream stream) {
+  return launch_rows<T, BiasGradient<T>>({static_cast<const T*>(dy)}, aligned(dy), rows, k, partial, out,
+                                         stream);
+}
+
+template cudaError_t bias_gradient<RF_DTYPE>(const void*, int64_t, int64_t, float*, float*, Stream);
 template cudaError_t preact_conv_wgrad<RF_DTYPE>(const PreactConvWgradParams&, Stream);
 
 }  // namespace cuda

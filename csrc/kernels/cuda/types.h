@@ -147,6 +147,16 @@ template <typename T, int V> __device__ __forceinline__ void store(T* at, const 
   }
 }
 
+// Eight elements at a place that is a multiple of 16 bytes.
+template <typename T> __device__ __forceinline__ void load8(const T* at, float* out) {
+#pragma unroll
+  for (int j = 0; j < 8; j += kChunk<T>) load<T, kChunk<T>>(at + j, out + j);
+}
+template <typename T> __device__ __forceinline__ void store8(T* at, const float* in) {
+#pragma unroll
+  for (int j = 0; j < 8; j += kChunk<T>) store<T, kChunk<T>>(at + j, in + j);
+}
+
 // As the next reader will see it.
 template <typename T> __device__ __forceinline__ float rounded(float value) {
   return to_float(from_float<T>(value));

@@ -45,10 +45,7 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad_op(const Tensor& dy, const Tensor& 
   params.partial = mutable_floats(partial);
   with_type(input.dtype, [&](auto type) { check(preact_conv_wgrad<decltype(type)>(params, stream)); });
   if (!want_bias) return {dweight, empty_vector(0, x, parameter)};
-  // dbias is in the weight's dtype, as the bias is.
-  const Tensor dbias = torch::stable::select(bias_sums, 0, 0);
-  return {dweight, parameter == DType::float32 ? torch::stable::clone(dbias)
-                                               : torch::stable::to(dbias, weight.scalar_type())};
+  return {dweight, first_row(bias_sums, parameter)};
 }
 
 }  // namespace

@@ -211,5 +211,11 @@ Tensor packed_weight(const Tensor& weight, const ConvGeometry& g, DType dtype, c
   return packed;
 }
 
+Tensor first_row(const Tensor& sums, DType dtype) {
+  const Tensor row = torch::stable::select(sums, 0, 0);
+  // A copy either way: an operator's result has a storage of its own.
+  return dtype == DType::float32 ? torch::stable::clone(row) : torch::stable::to(row, scalar_type(dtype));
+}
+
 }  // namespace cuda
 }  // namespace resnet_fused

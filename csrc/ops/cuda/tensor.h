@@ -84,6 +84,8 @@ Activation check_output_like(const Tensor& tensor, const char* name, const ConvG
 std::optional<Tensor> check_bias(const std::optional<Tensor>& bias, int64_t length, DType activation);
 // The weight as a dense [k, r, s, c] of the activation dtype: itself, or a copy by one launch.
 Tensor packed_weight(const Tensor& weight, const ConvGeometry& g, DType dtype, const Target& target);
+// dbias, in the weight's dtype as the bias is: the first of the two sums.
+Tensor first_row(const Tensor& sums, DType dtype);
 inline bool is_empty(const ConvGeometry& g) { return g.n == 0 || g.k == 0; }
 
 }  // namespace cuda
