@@ -79,6 +79,19 @@ SHAPES = [
     Shape(2, 8, 4, 5, 8, 1, 2, 1),
 ]
 
+#: By halo tiles: tiles of one and two images, one and several blocks of channels, a last block of one chunk, every
+#: padding, images that are no multiple of the tile.
+HALO_SHAPES = [
+    Shape(2, 8, 8, 7, 16, 3, 1, 1),
+    Shape(1, 64, 16, 16, 64, 3, 1, 1),
+    Shape(1, 72, 15, 16, 136, 3, 1, 1),
+    Shape(3, 40, 14, 15, 24, 3, 1, 1),
+    Shape(2, 136, 8, 8, 32, 3, 1, 1),
+    Shape(1, 16, 18, 17, 8, 3, 1, 0),
+    Shape(2, 24, 14, 14, 40, 3, 1, 2),
+]
+SHAPES += HALO_SHAPES
+
 
 def to_tf32(t):
     """Rounded as cvt.rna.tf32 does: to 10 bits of mantissa, ties away from zero."""
@@ -297,9 +310,37 @@ class TestBothGradientsOf1x1:
             wide.backward_1x1(cuda.preact_conv_backward_1x1)
 
 
-def test_many_tiles_are_merged_in_two_steps(cuda):
-    # More than 512 tiles of 128 rows.
-    case = Case(Shape(9, 8, 96, 80, 8), torch.bfloat16)
+def halo_shapes(count):
+    draw = random.Random(2)
+    while count:
+        shape = Shape(
+            draw.randint(1, 3), 8 * draw.randint(1, 18), draw.randint(6, 18), draw.randint(6, 18),
+            8 * draw.choice((1, 2, 4, 5, 8, 9, 17)), 3, 1, draw.choice((0, 1, 1, 2)),
+        )  # fmt: skip
+        takes = [library().uses_halo(shape.n, shape.h, shape.w, shape.padding, forward) for forward in (True, False)]
+        if all(takes) and shape.c * shape.k * 9 * shape.out[2] * shape.out[3] < 3e6:
+            count -= 1
+            yield shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_small_integers_are_exact_by_halo_tiles(cuda, dtype):
+    for shape in HALO_SHAPES:
+        assert cuda.uses_halo(shape.n, shape.h, shape.w, shape.padding, True), shape
+    for shape in halo_shapes(25):
+        case = Case(shape, dtype, slope=0.0, integers=True, weight_dtype=torch.float32)
+        y, stats = case.forward(cuda.preact_conv_forward)
+        dz, sums = case.dgrad(cuda.preact_conv_dgrad)
+        assert torch.equal(y, case.forward(reference.preact_conv_forward)[0]), shape
+        expected = case.dgrad(reference.preact_conv_dgrad)
+        assert torch.equal(dz, expected[0]) and torch.equal(sums, expected[1]), shape
+        check_stats(stats, y)
+
+
+@pytest.mark.parametrize("shape", [Shape(9, 8, 96, 80, 8), Shape(9, 8, 97, 83, 8, 3, 1, 1)], ids=name_of)
+def test_many_tiles_are_merged_in_two_steps(cuda, shape):
+    # More than 512 tiles of 128 rows, in a line and of a rectangle.
+    case = Case(shape, torch.bfloat16)
     y, stats = case.forward(cuda.preact_conv_forward, extras=False)
     check_stats(stats, y)
     dz, sums = case.dgrad(cuda.preact_conv_dgrad)

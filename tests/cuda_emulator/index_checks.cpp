@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/index.h"
+#include "kernels/cuda/halo.h"
 #include "kernels/cuda/rows.h"
 
 namespace resnet_fused {
@@ -157,6 +157,73 @@ std::string check_plans() {
   return "";
 }
 
+std::string check_halo(const ConvGeometry& g, bool forward) {
+  const HaloPlan plan = halo_plan(g, forward);
+  const int64_t pixels = g.n * (forward ? g.p * g.q : g.h * g.w);
+  if (plan.positions > kMaxPositions) return "a halo that is too large";
+  std::set<int64_t> seen;
+  const int step = pixels < 5000 ? 1 : plan.tiles / 97 + 1;
+  for (int tile = 0; tile < plan.tiles; tile += step) {
+    const HaloTileOrigin origin = halo_tile(plan, tile);
+    int rows = 0;
+    for (int m = 0; m < kTileRows; ++m) {
+      const HaloRow row = halo_row(plan, origin, m);
+      rows += row.dest >= 0;
+      for (int tap = 0; tap < kHaloTaps; ++tap) {
+        const int position = row.position + halo_tap(plan, tap, !forward);
+        if (position < 0 || position >= plan.positions) return "a tap outside of the halo";
+        if (row.dest < 0) continue;
+        const int64_t dest_h = forward ? g.p : g.h, dest_w = forward ? g.q : g.w;
+        const int64_t image = row.dest / (dest_h * dest_w), i = row.dest / dest_w % dest_h,
+                      j = row.dest % dest_w;
+        const int64_t h = forward ? i - g.pad_h + tap / 3 : i + g.pad_h - tap / 3;
+        const int64_t w = forward ? j - g.pad_w + tap % 3 : j + g.pad_w - tap % 3;
+        const int64_t source_h = forward ? g.h : g.p, source_w = forward ? g.w : g.q;
+        const bool inside = h >= 0 && h < source_h && w >= 0 && w < source_w;
+        if (halo_source(plan, origin, position) != (inside ? (image * source_h + h) * source_w + w : -1))
+          return "another source than by the definition";
+      }
+      if (row.dest >= pixels || (row.dest >= 0 && step == 1 && !seen.insert(row.dest).second))
+        return "a destination outside, or twice";
+    }
+    if (rows != halo_rows(plan, origin)) return "a wrong count of rows";
+  }
+  if (step == 1 && static_cast<int64_t>(seen.size()) != pixels) return "destinations that are not covered";
+  return "";
+}
+
+std::string check_halos() {
+  for (const bool forward : {true, false}) {
+    for (int64_t n : {1, 2, 3})
+      for (int64_t h : {1, 2, 7, 8, 9, 17})
+        for (int64_t w : {1, 3, 8, 14, 16, 33})
+          for (int64_t padding : {0, 1, 2, 3}) {
+            const ConvGeometry g = geometry(n, 8, h, w, 8, 3, 1, padding, 1);
+            if (g.p <= 0 || g.q <= 0) continue;
+            if (const std::string wrong = check_halo(g, forward); !wrong.empty())
+              return "halo: " + wrong + (forward ? ", forward" : ", input gradient");
+          }
+    const std::string wrong = check_halo(geometry(2100, 4096, 1000, 1000, 64, 3, 1, 1, 1), forward);
+    if (!wrong.empty()) return "halo: " + wrong + ": large";
+  }
+  for (int chunks = 1; chunks < 70; ++chunks) {
+    // Every (block, tap, chunk) once, in order, and in at most one step too many.
+    int expected = 0;
+    const int steps = halo_steps(chunks);
+    for (int step = 0; step < steps; ++step) {
+      const HaloStep at = halo_step(step, chunks);
+      int covered = 0;
+      for (int i = 0; i < kChunksPerRow; ++i) covered += at.local * kChunksPerRow + i < kHaloTaps * at.chunks;
+      if (covered == 0 || at.block * kChunksPerRow + at.chunks > chunks) return "halo: a step of nothing";
+      if (at.block * kChunksPerRow * kHaloTaps + at.local * kChunksPerRow != expected)
+        return "halo: steps with a gap";
+      expected += covered;
+    }
+    if (expected != chunks * kHaloTaps) return "halo: steps that do not cover";
+  }
+  return "";
+}
+
 std::string check_splits() {
   for (int64_t total : {1, 7, 128, 129, 1000, 1000000}) {
     for (int64_t each : {1, 3, 128, 5000}) {
@@ -198,16 +265,25 @@ std::string check_splits() {
 }
 
 std::string check_indices() {
-  for (const auto check : {check_division, check_swizzle, check_plans, check_splits})
+  for (const auto check : {check_division, check_swizzle, check_plans, check_halos, check_splits})
     if (std::string wrong = check(); !wrong.empty()) return wrong;
   return "";
 }
 
+// Whether a 3x3 convolution with stride 1 goes by halo tiles.
+bool uses_halo(int64_t n, int64_t h, int64_t w, int64_t padding, bool forward) {
+  return halo_fits(geometry(n, 8, h, w, 8, 3, 1, padding, 1), forward);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda_emulated, m) { m.def("check_indices() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda_emulated, m) {
+  m.def("check_indices() -> str");
+  m.def("uses_halo(int n, int h, int w, int padding, bool forward) -> bool");
+}
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda_emulated, CompositeExplicitAutograd, m) {
   m.impl("check_indices", TORCH_BOX(&check_indices));
+  m.impl("uses_halo", TORCH_BOX(&uses_halo));
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
 // How much room the convolutions' partial results take; the same arithmetic as their launches.
-#include "index.h"
+#include "halo.h"
 #include "reduction.h"
 #include "rows.h"
 
@@ -7,11 +7,13 @@ namespace resnet_fused {
 namespace cuda {
 
 int64_t conv_forward_partial_floats(const ConvGeometry& g) {
-  return partial_floats(plan_forward(g).tiles, 2 * g.k);
+  if (!halo_fits(g, true)) return partial_floats(plan_forward(g).tiles, 2 * g.k);
+  const int64_t tiles = halo_plan(g, true).tiles;
+  return partial_floats(tiles, 2 * g.k) + partial_floats(tiles, 1);
 }
 
 int64_t conv_dgrad_partial_floats(const ConvGeometry& g) {
-  return partial_floats(plan_dgrad(g).tiles, 2 * g.c);
+  return partial_floats(halo_fits(g, false) ? halo_plan(g, false).tiles : plan_dgrad(g).tiles, 2 * g.c);
 }
 
 int64_t conv_wgrad_partial_floats(const ConvGeometry& g, int element_bytes, bool want_bias,

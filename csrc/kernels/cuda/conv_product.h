@@ -2,14 +2,12 @@
 // columns their channels, the reduction runs over (tap, source channel) in chunks of 16 bytes without a gap
 // between taps.
 //
-// A tile of 128 rows x kColumns per block. Raw source pixels and weights come by cp.async, three steps in
-// flight. What a thread copied it also normalises, activates and rounds in place, once, before the others
-// read it: the left operand in shared memory is then the activation, and a padded pixel stays the 0 that the
-// copy left. Tensor cores by mma.sync.
+// Raw source pixels and weights come by cp.async, three steps in flight. What a thread copied it also
+// normalises, activates and rounds in place, once, before the others read it: the left operand in shared
+// memory is then the activation, and a padded pixel stays the 0 that the copy left. Tensor cores by mma.sync.
 #pragma once
 
-#include "instructions.h"
-#include "kernels/cuda_kernels.h"
+#include "conv_tile.h"
 
 namespace resnet_fused {
 namespace cuda {
@@ -26,73 +24,47 @@ struct ConvProductParams {
   float slope;
 };
 
-// kTransposed: the weight's output channels are the reduction (input gradient).
-template <typename T, int kColumnsOfTile, bool kTransposedWeight> struct ConvTile {
-  static constexpr int kColumns = kColumnsOfTile;
-  static constexpr bool kTransposed = kTransposedWeight;
-  static constexpr int kWarpsN = kColumns > 64 ? kColumns / 64 : 1;
-  static constexpr int kWarpColumns = kColumns / kWarpsN;
-  static constexpr int kThreads = 4 * kWarpsN * 32;
-  static constexpr int kStages = 3;
-  static constexpr int kStep = kRowBytes / static_cast<int>(sizeof(T));  // elements of the reduction per step
-  static constexpr int kCopyRows = kThreads / kChunksPerRow;             // rows that the block copies at once
-  static constexpr int kLeftCopies = kTileRows / kCopyRows;
-
-  static constexpr int kLeftBytes = kTileRows * kRowBytes;
-  static constexpr int kChunksOfColumns = kColumns / kChunk<T>;
-  static constexpr int kPanels = (kChunksOfColumns + kChunksPerRow - 1) / kChunksPerRow;
-  static constexpr int kRightBytes = (kTransposed ? kPanels * kStep : kColumns) * kRowBytes;
-  static constexpr int kStageBytes = kLeftBytes + kRightBytes;
-
-  // The epilogue: the tile as floats, rows padded against bank conflicts, and two values per thread's column.
-  static constexpr int kTileStride = kColumns + 8;
-  static constexpr int kVectors = kColumns / 8;
-  static constexpr int kLanes = kThreads / kVectors;
-  static constexpr int kRowsPerThread = kTileRows / kLanes;
-  static constexpr int kEpilogueBytes = (kTileRows * kTileStride + 2 * kLanes * kColumns + kColumns) * 4;
-
-  static constexpr int kPipelineBytes =
-      kStages * kStageBytes > kEpilogueBytes ? kStages * kStageBytes : kEpilogueBytes;
-  static constexpr int kRowBytesOfTable = kTileRows * (8 + 8 + 4);
-  static_assert(kPipelineBytes % 128 == 0 || kPipelineBytes % 16 == 0);
+template <typename Tile> struct LineTile {
+  static constexpr int kPipelineBytes = Tile::kStages * Tile::kStageBytes > Tile::kEpilogueBytes
+                                            ? Tile::kStages * Tile::kStageBytes
+                                            : Tile::kEpilogueBytes;
+  static constexpr int kTableBytes = kTileRows * (8 + 8 + 4);
+  static_assert(kPipelineBytes % 16 == 0 && kTableBytes % 16 == 0);
 
   // Plus scale and shift.
   static constexpr size_t shared_bytes(int64_t depth) {
-    return static_cast<size_t>(kPipelineBytes + kRowBytesOfTable + 2 * 4 * round_up(depth, 4));
+    return static_cast<size_t>(kPipelineBytes + kTableBytes + 2 * 4 * round_up(depth, 4));
   }
 };
 
 #if defined(__CUDACC__) || defined(RF_EMULATE)
 
-template <typename Tile, typename T> struct ConvProduct {
-  const ConvProductParams& p;
+template <typename Tile, typename T> struct ConvProduct : TileOfBlock<Tile> {
+  using Params = ConvProductParams;
+  using Base = TileOfBlock<Tile>;
+  using Base::column, Base::dest_row, Base::lane, Base::pipeline, Base::tid, Base::warp_column,
+      Base::warp_row;
+  using typename Base::Sums;
+
+  const Params& p;
+  const int tile;
   const Phase& phase;
-  char* const pipeline;
   int64_t* const source_row;
-  int64_t* const dest_row;
   uint32_t* const row_taps;
-  float* const scale;  // then shift
-  const int tid, lane, warp;
-  const int column;     // first of the tile
+  float* const scale;   // then shift
   const int total;      // chunks of the reduction
   uint32_t copied = 0;  // of the left operand, a byte per stage and a bit per copied row
   static_assert(Tile::kLeftCopies <= 8 && Tile::kStages <= 4);
 
-  static constexpr int kFragmentsN = Tile::kWarpColumns / 8;
-
   // Fills the tables; the block is in step afterwards.
-  __device__ ConvProduct(const ConvProductParams& params, char* shared, int tile, int column_)
-      : p(params),
-        phase(params.plan.phase[phase_of_tile(params.plan, tile)]),
-        pipeline(shared),
-        source_row(reinterpret_cast<int64_t*>(shared + Tile::kPipelineBytes)),
-        dest_row(source_row + kTileRows),
-        row_taps(reinterpret_cast<uint32_t*>(dest_row + kTileRows)),
+  __device__ ConvProduct(const Params& params, char* shared, int tile_, int column_)
+      : Base(shared, reinterpret_cast<int64_t*>(shared + LineTile<Tile>::kPipelineBytes), column_),
+        p(params),
+        tile(tile_),
+        phase(params.plan.phase[phase_of_tile(params.plan, tile_)]),
+        source_row(dest_row + kTileRows),
+        row_taps(reinterpret_cast<uint32_t*>(source_row + kTileRows)),
         scale(reinterpret_cast<float*>(row_taps + kTileRows)),
-        tid(threadIdx.x),
-        lane(tid % 32),
-        warp(tid / 32),
-        column(column_),
         total(phase.taps * static_cast<int>(params.depth_chunks.divisor)) {
     if (tid < kTileRows) {
       const Row row = conv_row(p.plan, phase, int64_t{tile - phase.first_tile} * kTileRows + tid);
@@ -193,22 +165,21 @@ template <typename Tile, typename T> struct ConvProduct {
     }
   }
 
-  __device__ void multiply(int step, float (&sum)[2][kFragmentsN][4]) const {
+  __device__ void multiply(int step, Sums& sum) const {
     const char* const a_tile = left(step);
     const char* const b_tile = a_tile + Tile::kLeftBytes;
-    const int row = warp / Tile::kWarpsN * 32, n = warp % Tile::kWarpsN * Tile::kWarpColumns;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t a[2][4];
-      load_left<T>(a[0], a_tile, row, k, lane);
-      load_left<T>(a[1], a_tile, row + 16, k, lane);
+      load_left<T>(a[0], a_tile, warp_row, k, lane);
+      load_left<T>(a[1], a_tile, warp_row + 16, k, lane);
 #pragma unroll
-      for (int j = 0; j < kFragmentsN; j += 2) {
+      for (int j = 0; j < Base::kFragmentsN; j += 2) {
         uint32_t b[4];
         if constexpr (Tile::kTransposed)
-          load_right_transposed<T>(b, b_tile, Tile::kStep, n + 8 * j, k, lane);
+          load_right_transposed<T>(b, b_tile, Tile::kStep, warp_column + 8 * j, k, lane);
         else
-          load_right<T>(b, b_tile, n + 8 * j, k, lane);
+          load_right<T>(b, b_tile, warp_column + 8 * j, k, lane);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           mma(sum[i][j], a[i], b, T{});
@@ -220,14 +191,8 @@ template <typename Tile, typename T> struct ConvProduct {
 
   // The tile as floats in shared memory, [128][kTileStride]; the block is in step afterwards.
   __device__ float* run() {
-    float sum[2][kFragmentsN][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < kFragmentsN; ++j)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sum[i][j][k] = 0.0f;
-
+    Sums sum;
+    Base::clear(sum);
     const int steps = (total + kChunksPerRow - 1) / kChunksPerRow;
 #pragma unroll
     for (int step = 0; step < Tile::kStages - 1; ++step) {
@@ -249,43 +214,12 @@ template <typename Tile, typename T> struct ConvProduct {
     }
     copy_wait<0>();
     __syncthreads();
-
-    float* const tile = reinterpret_cast<float*>(pipeline);
-    const int row = warp / Tile::kWarpsN * 32, n = warp % Tile::kWarpsN * Tile::kWarpColumns;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < kFragmentsN; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* const at = tile + (row + 16 * i + accumulator_row(lane, half)) * Tile::kTileStride + n +
-                            8 * j + accumulator_column(lane);
-          at[0] = sum[i][j][2 * half];
-          at[1] = sum[i][j][2 * half + 1];
-        }
-    __syncthreads();
-    return tile;
+    return this->store(sum);
   }
 
-  // ---- for the epilogue: thread (vector, its lane) has kRowsPerThread rows of 8 columns
-
-  __device__ int vector() const { return tid % Tile::kVectors; }
-  __device__ int tile_row(int i) const { return tid / Tile::kVectors + i * Tile::kLanes; }
-  // Two floats per (lane of rows, column of the tile), then one per column.
-  __device__ float* sums(int which) const {
-    return reinterpret_cast<float*>(pipeline) + kTileRows * Tile::kTileStride +
-           which * Tile::kLanes * Tile::kColumns;
-  }
-  __device__ void give(int which, const float* values) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      sums(which)[(tid / Tile::kVectors) * Tile::kColumns + vector() * 8 + j] = values[j];
-  }
-  // In order, for thread tid's column.
-  __device__ float take(int which) const {
-    float total_of_column = 0.0f;
-    for (int i = 0; i < Tile::kLanes; ++i) total_of_column += sums(which)[i * Tile::kColumns + tid];
-    return total_of_column;
+  // Rows of the tile that are pixels.
+  __device__ int rows() const {
+    return static_cast<int>(piece_of(tile - phase.first_tile, kTileRows, phase.rows).count);
   }
 };
 

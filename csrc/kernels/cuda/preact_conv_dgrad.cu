@@ -1,4 +1,5 @@
 // dz = act'(z) * conv_transpose(dy, weight) + dz_in, rounded once, with BatchNorm's two sums over dz.
+#include "conv_halo.h"
 #include "conv_product.h"
 #include "reduction.h"
 
@@ -6,8 +7,8 @@ namespace resnet_fused {
 namespace cuda {
 namespace {
 
-struct DgradParams {
-  ConvProductParams product;
+template <typename Product> struct DgradParams {
+  Product product;
   const void* x;
   const float* bn;
   float slope;
@@ -16,15 +17,15 @@ struct DgradParams {
   float* partial;  // [tiles, 2, C]
 };
 
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(ConvTile<T, kColumns, true>::kThreads, 1)
-    dgrad_kernel(const __grid_constant__ DgradParams p) {
-  using Tile = ConvTile<T, kColumns, true>;
+template <typename T, typename Tile, typename Product>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    dgrad_kernel(const __grid_constant__ DgradParams<typename Product::Params> p) {
+  constexpr int kColumns = Tile::kColumns;
   RF_SHARED_MEMORY(shared);
   const int tile = static_cast<int>(blockIdx.x) / p.product.column_tiles;
   const int column = static_cast<int>(blockIdx.x) % p.product.column_tiles * kColumns;
   const int channels = p.product.columns;
-  ConvProduct<Tile, T> product(p.product, shared, tile, column);
+  Product product(p.product, shared, tile, column);
   const float* const sum = product.run();
 
   const int in_tile = product.vector() * 8, c = column + in_tile;
@@ -69,30 +70,41 @@ __global__ void __launch_bounds__(ConvTile<T, kColumns, true>::kThreads, 1)
   }
 }
 
+template <typename T, typename Tile, typename Product>
+cudaError_t launch_dgrad(const PreactConvDgradParams& p, const typename Product::Params& product,
+                         int64_t tiles, size_t shared, Stream stream) {
+  const DgradParams<typename Product::Params> params{product, p.x, p.bn, p.slope, p.dz_in, p.dz, p.partial};
+  return launch<dgrad_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
+                                                Tile::kThreads, shared, stream, params);
+}
+
 template <typename T, int kColumns>
-cudaError_t dgrad(const PreactConvDgradParams& p, const ConvPlan& plan, Stream stream) {
-  const DgradParams params{product_params(plan, p.dy, p.weight, p.g.k, p.g.c, kChunk<T>, kColumns),
-                           p.x,
-                           p.bn,
-                           p.slope,
-                           p.dz_in,
-                           p.dz,
-                           p.partial};
+cudaError_t dgrad(const PreactConvDgradParams& p, bool halo, Stream stream) {
   using Tile = ConvTile<T, kColumns, true>;
-  const int64_t blocks = int64_t{plan.tiles} * params.product.column_tiles;
-  return launch<dgrad_kernel<T, kColumns>>(dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
-                                           Tile::shared_bytes(0), stream, params);
+  const ConvGeometry& g = p.g;
+  if (halo) {
+    const HaloPlan plan = halo_plan(g, false);
+    return launch_dgrad<T, Tile, HaloProduct<Tile, T>>(
+        p, halo_params(plan, p.dy, p.weight, g.k, g.c, kChunk<T>, kColumns), plan.tiles,
+        HaloTile<Tile>::shared_bytes(0), stream);
+  }
+  const ConvPlan plan = plan_dgrad(g);
+  return launch_dgrad<T, Tile, ConvProduct<Tile, T>>(
+      p, product_params(plan, p.dy, p.weight, g.k, g.c, kChunk<T>, kColumns), plan.tiles,
+      LineTile<Tile>::shared_bytes(0), stream);
 }
 
 }  // namespace
 
 template <typename T> cudaError_t preact_conv_dgrad(const PreactConvDgradParams& p, Stream stream) {
-  const ConvPlan plan = plan_dgrad(p.g);
-  const cudaError_t error = p.g.c <= 32   ? dgrad<T, 32>(p, plan, stream)
-                            : p.g.c <= 64 ? dgrad<T, 64>(p, plan, stream)
-                                          : dgrad<T, 128>(p, plan, stream);
+  const ConvGeometry& g = p.g;
+  const bool halo = halo_fits(g, false);
+  const cudaError_t error = g.c <= 32   ? dgrad<T, 32>(p, halo, stream)
+                            : g.c <= 64 ? dgrad<T, 64>(p, halo, stream)
+                                        : dgrad<T, 128>(p, halo, stream);
   if (error != cudaSuccess) return error;
-  return merge_sums(p.partial, plan.tiles, 2 * p.g.c, p.sums, stream);
+  return merge_sums(p.partial, halo ? halo_plan(g, false).tiles : plan_dgrad(g).tiles, 2 * g.c, p.sums,
+                    stream);
 }
 template cudaError_t preact_conv_dgrad<RF_DTYPE>(const PreactConvDgradParams&, Stream);
 

@@ -1,4 +1,5 @@
 // y = conv(act(x*scale + shift)) + bias + residual, rounded once, with the statistics of y.
+#include "conv_halo.h"
 #include "conv_product.h"
 #include "reduction.h"
 
@@ -6,23 +7,24 @@ namespace resnet_fused {
 namespace cuda {
 namespace {
 
-struct ForwardParams {
-  ConvProductParams product;
+template <typename Product> struct ForwardParams {
+  Product product;
   const float* bias;
   const void* residual;
   void* y;
   float* partial;  // [tiles, 2, K], null: no statistics
+  float* counts;   // [tiles], rows of each; null: all are full but the last
 };
 
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(ConvTile<T, kColumns, false>::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
-  using Tile = ConvTile<T, kColumns, false>;
+template <typename T, typename Tile, typename Product>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams<typename Product::Params> p) {
+  constexpr int kColumns = Tile::kColumns;
   RF_SHARED_MEMORY(shared);
   // Neighbouring blocks share their pixels.
   const int tile = static_cast<int>(blockIdx.x) / p.product.column_tiles;
   const int column = static_cast<int>(blockIdx.x) % p.product.column_tiles * kColumns;
-  ConvProduct<Tile, T> product(p.product, shared, tile, column);
+  Product product(p.product, shared, tile, column);
   const float* const sum = product.run();
 
   const int in_tile = product.vector() * 8, k = column + in_tile;
@@ -66,8 +68,8 @@ __global__ void __launch_bounds__(ConvTile<T, kColumns, false>::kThreads, 1)
   product.give(0, a);
   __syncthreads();
   float* const means = product.sums(2);
-  const Piece rows = piece_of(tile, kTileRows, product.phase.rows);
-  const float n = static_cast<float>(rows.count);
+  const float n = static_cast<float>(product.rows());
+  if (p.counts && column == 0 && threadIdx.x == 0) p.counts[tile] = n;
   const int tid = threadIdx.x;
   if (tid < kColumns) means[tid] = product.take(0) / n;
   __syncthreads();
@@ -93,27 +95,45 @@ __global__ void __launch_bounds__(ConvTile<T, kColumns, false>::kThreads, 1)
   }
 }
 
+template <typename T, typename Tile, typename Product>
+cudaError_t launch_forward(const PreactConvForwardParams& p, typename Product::Params product, int64_t tiles,
+                           size_t shared, float* counts, Stream stream) {
+  product.bn = p.bn;
+  product.slope = p.slope;
+  const ForwardParams<typename Product::Params> params{
+      product, p.bias, p.residual, p.y, p.stats ? p.partial : nullptr, counts};
+  return launch<forward_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
+                                                  Tile::kThreads, shared, stream, params);
+}
+
 template <typename T, int kColumns>
-cudaError_t forward(const PreactConvForwardParams& p, const ConvPlan& plan, Stream stream) {
-  ForwardParams params{product_params(plan, p.x, p.weight, p.g.c, p.g.k, kChunk<T>, kColumns), p.bias,
-                       p.residual, p.y, p.stats ? p.partial : nullptr};
-  params.product.bn = p.bn;
-  params.product.slope = p.slope;
+cudaError_t forward(const PreactConvForwardParams& p, bool halo, float* counts, Stream stream) {
   using Tile = ConvTile<T, kColumns, false>;
-  const int64_t blocks = int64_t{plan.tiles} * params.product.column_tiles;
-  return launch<forward_kernel<T, kColumns>>(dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
-                                             Tile::shared_bytes(p.g.c), stream, params);
+  const ConvGeometry& g = p.g;
+  if (halo) {
+    const HaloPlan plan = halo_plan(g, true);
+    return launch_forward<T, Tile, HaloProduct<Tile, T>>(
+        p, halo_params(plan, p.x, p.weight, g.c, g.k, kChunk<T>, kColumns), plan.tiles,
+        HaloTile<Tile>::shared_bytes(g.c), counts, stream);
+  }
+  const ConvPlan plan = plan_forward(g);
+  return launch_forward<T, Tile, ConvProduct<Tile, T>>(
+      p, product_params(plan, p.x, p.weight, g.c, g.k, kChunk<T>, kColumns), plan.tiles,
+      LineTile<Tile>::shared_bytes(g.c), nullptr, stream);
 }
 
 }  // namespace
 
 template <typename T> cudaError_t preact_conv_forward(const PreactConvForwardParams& p, Stream stream) {
-  const ConvPlan plan = plan_forward(p.g);
-  const cudaError_t error = p.g.k <= 32   ? forward<T, 32>(p, plan, stream)
-                            : p.g.k <= 64 ? forward<T, 64>(p, plan, stream)
-                                          : forward<T, 128>(p, plan, stream);
+  const ConvGeometry& g = p.g;
+  const bool halo = halo_fits(g, true);
+  const int64_t tiles = halo ? halo_plan(g, true).tiles : plan_forward(g).tiles;
+  float* const counts = halo && p.stats ? p.partial + partial_floats(tiles, 2 * g.k) : nullptr;
+  const cudaError_t error = g.k <= 32   ? forward<T, 32>(p, halo, counts, stream)
+                            : g.k <= 64 ? forward<T, 64>(p, halo, counts, stream)
+                                        : forward<T, 128>(p, halo, counts, stream);
   if (error != cudaSuccess || !p.stats) return error;
-  return merge_stats(p.partial, plan.tiles, p.g.k, kTileRows, plan.phase[0].rows, p.stats, stream);
+  return merge_stats(p.partial, counts, tiles, g.k, kTileRows, g.n * g.p * g.q, p.stats, stream);
 }
 template cudaError_t preact_conv_forward<RF_DTYPE>(const PreactConvForwardParams&, Stream);
 

@@ -15,6 +15,8 @@ struct MergeParams {
   int64_t groups, groups_per_block;
   int64_t columns;  // of statistics: channels
   int64_t rows_per_group, rows;
+  const float* counts;  // instead of these two
+  float* counts_out;
   bool to_weight;
   WeightOutput weight;
 };
@@ -32,7 +34,8 @@ __global__ void __launch_bounds__(kColumns* kLanes)
     for (int64_t i = lane; i < groups.count; i += kLanes) {
       const int64_t group = groups.first + i;
       const float* const at = p.partial + group * 2 * p.columns + column;
-      const float count = static_cast<float>(piece_of(group, p.rows_per_group, p.rows).count);
+      const float count =
+          p.counts ? p.counts[group] : static_cast<float>(piece_of(group, p.rows_per_group, p.rows).count);
       merge_moments(n, mean, m2, count, at[0], at[p.columns]);
     }
   cell[0][lane][in_tile] = n, cell[1][lane][in_tile] = mean, cell[2][lane][in_tile] = m2;
@@ -43,6 +46,7 @@ __global__ void __launch_bounds__(kColumns* kLanes)
     float* const out = p.out + int64_t{blockIdx.y} * 2 * p.columns + column;
     out[0] = mean;
     out[p.columns] = m2;
+    if (p.counts_out && column == 0) p.counts_out[blockIdx.y] = n;
   }
 }
 
@@ -90,12 +94,15 @@ cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_
   if (blocks > 1) {
     p.out = partial + p.groups * floats_per_group;
     p.groups_per_block = kGroupsPerBlock;
+    if (p.counts) p.counts_out = const_cast<float*>(p.counts) + p.groups;
     const cudaError_t error =
         launch<kernel>(dim3(tiles, static_cast<unsigned>(blocks)), kColumns * kLanes, shared, stream, p);
     if (error != cudaSuccess) return error;
     p.partial = p.out;
     p.groups = blocks;
     p.rows_per_group *= kGroupsPerBlock;
+    p.counts = p.counts_out;
+    p.counts_out = nullptr;
   }
   p.out = out;
   p.groups_per_block = p.groups;
@@ -110,10 +117,11 @@ int64_t partial_floats(int64_t groups, int64_t columns) {
   return (groups + (blocks > 1 ? blocks : 0)) * columns;
 }
 
-cudaError_t merge_stats(float* partial, int64_t groups, int64_t channels, int64_t rows_per_group,
-                        int64_t rows, float* stats, Stream stream) {
+cudaError_t merge_stats(float* partial, float* counts, int64_t groups, int64_t channels,
+                        int64_t rows_per_group, int64_t rows, float* stats, Stream stream) {
   MergeParams p{};
   p.groups = groups, p.columns = channels, p.rows_per_group = rows_per_group, p.rows = rows;
+  p.counts = counts;
   return merge<merge_stats_kernel>(p, partial, stats, 2 * channels, false, 3, stream);
 }
 

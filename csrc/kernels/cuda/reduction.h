@@ -10,10 +10,10 @@ namespace cuda {
 // Floats of a buffer of `groups` partial results, with room behind them for the first of two steps.
 int64_t partial_floats(int64_t groups, int64_t columns);
 
-// partial [groups, 2, channels] of (mean, M2), each of `rows_per_group` rows, the last of what is left of
-// `rows`.
-cudaError_t merge_stats(float* partial, int64_t groups, int64_t channels, int64_t rows_per_group,
-                        int64_t rows, float* stats, Stream);
+// partial [groups, 2, channels] of (mean, M2), each of counts[group] rows; without counts, each of
+// `rows_per_group` rows, the last of what is left of `rows`. counts too has room for the first of two steps.
+cudaError_t merge_stats(float* partial, float* counts, int64_t groups, int64_t channels,
+                        int64_t rows_per_group, int64_t rows, float* stats, Stream);
 
 // partial [groups, columns] -> columns.
 cudaError_t merge_sums(float* partial, int64_t groups, int64_t columns, float* sums, Stream);

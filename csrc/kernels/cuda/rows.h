@@ -174,9 +174,9 @@ cudaError_t launch_rows_of(const typename Op::Params& op, int64_t rows, int64_t 
   const size_t shared = reduces ? (size_t{2} * V + 1) * kRowsThreads * sizeof(float) : 0;
   const cudaError_t error = launch<rows_kernel<Op, V>>(grid, kRowsThreads, shared, stream, p);
   if (error != cudaSuccess || !reduces) return error;
-  return Op::kReduce == Reduce::stats
-             ? merge_stats(partial, p.shape.groups, channels, p.shape.rows_per_group, rows, out, stream)
-             : merge_sums(partial, p.shape.groups, 2 * channels, out, stream);
+  return Op::kReduce == Reduce::stats ? merge_stats(partial, nullptr, p.shape.groups, channels,
+                                                    p.shape.rows_per_group, rows, out, stream)
+                                      : merge_sums(partial, p.shape.groups, 2 * channels, out, stream);
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
