@@ -4,8 +4,8 @@ resnet_fused/lib/libresnet_fused_cpu.so   csrc/{ops,kernels}/*.cpp; csrc/kernels
 resnet_fused/lib/libresnet_fused_cuda.so  csrc/ops/cuda/*.cpp, csrc/kernels/cuda/*.cu, where CUDA is built
 resnet_fused/_C.*.so                      csrc/module.cpp: pybind11, knows nothing of torch
 
-`setup.py build_emulator` builds build/<platform>/libresnet_fused_cuda_emulated.so for the tests: the CUDA library's own
-sources with tests/cuda_emulator in the place of CUDA.
+`setup.py build_emulator` builds build/<platform>/libresnet_fused_cuda_emulated.so for the tests: the CUDA
+library's own sources with tests/cuda_emulator in the place of CUDA.
 
 The libraries use torch's stable ABI and hold no Python: one build serves torch 2.10 and everything newer.
 
@@ -335,8 +335,10 @@ class BuildEmulator(Command):
         wrappers = [path for path in sorted(ROOT.glob("csrc/ops/cuda/*.cpp")) if path.stem != "device"]
         objects += build.objects("cxx", [*wrappers, *sorted(ROOT.glob("tests/cuda_emulator/*.cpp"))],
                                  [*flags, *stable])
-        library = build.build(directory / "libresnet_fused_cuda_emulated.so", "link", objects, [*link, "-ltorch_cpu"])
+        library = build.build(directory / "libresnet_fused_cuda_emulated.so", "link", objects,
+                              [*link, "-ltorch_cpu"])
         build.run(find_ninja(), [library])
 
 
-setup(ext_modules=[Extension("resnet_fused._C", sources=[])], cmdclass={"build_ext": BuildLibraries, "build_emulator": BuildEmulator})
+setup(ext_modules=[Extension("resnet_fused._C", sources=[])],
+      cmdclass={"build_ext": BuildLibraries, "build_emulator": BuildEmulator})

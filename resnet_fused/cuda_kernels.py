@@ -11,9 +11,9 @@ _CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad"
 #: Channels of a convolution: its kernels keep scale and shift of all of them in shared memory.
 _MAX_CHANNELS = 4096
 
-# What `expected_faster` reckons with until there are measurements: memory and matrix rates of an H200 by its own copy
-# and matrix product (docs/design.md), and the part of the matrix rate that a kernel reaches. mma.sync, which these
-# kernels use on every chip, has about half of wgmma's rate on Hopper.
+# What `expected_faster` reckons with until there are measurements: memory and matrix rates of an H200 (a copy,
+# read and written, and a bf16 matrix product), and the part of the matrix rate that a convolution is assumed to
+# reach: these kernels use mma.sync on every chip, the library wgmma on Hopper.
 _BYTES_PER_SECOND = 4.3e12
 _FLOPS_PER_SECOND = {2: 7.9e14, 4: 3.9e14}
 _OURS, _LIBRARY = 0.35, 0.7
@@ -62,16 +62,16 @@ def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
     if pixels >= 2**31 - 2**24:
         return f"the cuda kernels count pixels in 32 bits, but there are {pixels}"
     if dtype is torch.float32 and not tf32_allowed():
-        return "the cuda kernels multiply float32 as TF32, and torch.backends.cudnn.conv.fp32_precision forbids it"
+        return "the cuda kernels multiply float32 as TF32, which torch.backends.cudnn.conv.fp32_precision forbids"
     return None
 
 
 def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
-    """Whether a fused convolution should beat the unfused path at this shape, by a model: nothing is measured yet.
+    """Whether a fused convolution should beat the unfused path at this shape, by a model: nothing is measured.
 
-    The unfused path writes and reads a normalised copy of x (in the input gradient, one more gradient of x) but
-    multiplies at the library's rate. Where a convolution is bound by memory, which most of a CIFAR net's and the
-    1x1 ones of others are, fusing wins; where it is bound by arithmetic, the library does.
+    The unfused path writes and reads a normalised copy of x (in the input gradient, one more gradient of x)
+    but multiplies at the library's rate. Where a convolution is bound by memory, which most of a CIFAR net's
+    and the 1x1 ones of others are, fusing should win; where it is bound by arithmetic, the library.
     """
     n, c, h, w = geometry.input
     k, _, r, s = geometry.weight

@@ -19,7 +19,9 @@ def library():
     if not (ROOT / "setup.py").exists():
         pytest.skip("not run from a checkout")
     command = [sys.executable, "setup.py", "--quiet", "build_emulator"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VERBOSE": ""})
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VERBOSE": ""}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     path = ROOT / "build" / sysconfig.get_platform() / "libresnet_fused_cuda_emulated.so"
     torch.ops.load_library(str(path))

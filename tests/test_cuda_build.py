@@ -45,7 +45,8 @@ def by_architecture(text: str) -> dict[str, str]:
 
 def architectures() -> set[str]:
     return {
-        "sm_" + name.replace("+PTX", "").replace(".", "") for name in extension.build_info()["cuda_architectures"]
+        "sm_" + name.replace("+PTX", "").replace(".", "")
+        for name in extension.build_info()["cuda_architectures"]
     }
 
 
@@ -53,7 +54,9 @@ def resources() -> dict[str, dict[str, tuple[int, int]]]:
     """Architecture -> kernel -> registers, bytes of local memory per thread."""
     pattern = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
     return {
-        name: {kernel: (int(reg), int(stack) + int(local)) for kernel, reg, stack, local in pattern.findall(part)}
+        name: {
+            kernel: (int(reg), int(stack) + int(local)) for kernel, reg, stack, local in pattern.findall(part)
+        }
         for name, part in by_architecture(dump("--dump-resource-usage", LIBRARY)).items()
     }
 
@@ -70,7 +73,9 @@ def test_no_kernel_spills():
     assert not spilled, "\n".join(spilled)
     for kernels in found.values():
         for kernel in ("14forward_kernel", "12dgrad_kernel"):
-            assert sum(kernel in name for name in kernels) == 6 * len(DTYPES), kernel  # 32, 64, 128 columns; lines, halos
+            assert sum(kernel in name for name in kernels) == 6 * len(DTYPES), (
+                kernel
+            )  # 32, 64, 128 columns; lines, halos
         assert sum("12wgrad_kernel" in name for name in kernels) == len(DTYPES)
         # The widest block is 256 threads.
         assert all(registers * 256 <= REGISTERS for registers, _ in kernels.values())
@@ -91,7 +96,9 @@ def test_convolutions_use_tensor_cores_and_asynchronous_copies():
             assert set(found) == architectures()
             for name, code in found.items():
                 where = f"{stem} of {dtype} for {name}"
-                assert re.search(re.escape(product[dtype]) + r"(?!\.BF16\b)" * (dtype == "float16"), code), where
+                assert re.search(re.escape(product[dtype]) + r"(?!\.BF16\b)" * (dtype == "float16"), code), (
+                    where
+                )
                 assert "LDGSTS" in code, f"{where}: no cp.async"
                 if dtype != "float" or stem != "preact_conv_wgrad":  # 32-bit elements are transposed by hand
                     assert "LDSM" in code, f"{where}: no ldmatrix"

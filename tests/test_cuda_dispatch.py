@@ -98,5 +98,8 @@ def test_every_primitive_has_an_operator():
 
 
 def test_on_cpu_tensors_it_raises(library):
-    with rf.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on cpu"):
+    with (
+        rf.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on cpu"),
+    ):
         dispatch.choose("channel_stats", "cpu", torch.float32)

@@ -1,9 +1,9 @@
-"""The CUDA kernels and their wrappers, from the same source files, on the emulator (tests/cuda_emulator): every block,
-warp and lane, barrier, asynchronous copy, ldmatrix and mma.sync is carried out on the CPU. What is left to a GPU is the
-hardware itself: that the instructions do what the PTX manual says, and speed.
+"""The CUDA kernels and their wrappers, from the same source files, on the emulator (tests/cuda_emulator): every
+block, warp and lane, barrier, asynchronous copy, ldmatrix and mma.sync is carried out on the CPU. What is left to
+a GPU is the hardware itself: that the instructions do what the PTX manual says, and speed.
 
-The trust rule is that of every other backend. TF32 rounds the operands of float32 convolutions; its yardstick is plain
-PyTorch with operands rounded so.
+The trust rule is that of every other backend. TF32 rounds the operands of float32 convolutions; its yardstick is
+plain PyTorch with operands rounded so.
 """
 
 import itertools
@@ -317,7 +317,10 @@ def halo_shapes(count):
             draw.randint(1, 3), 8 * draw.randint(1, 18), draw.randint(6, 18), draw.randint(6, 18),
             8 * draw.choice((1, 2, 4, 5, 8, 9, 17)), 3, 1, draw.choice((0, 1, 1, 2)),
         )  # fmt: skip
-        takes = [library().uses_halo(shape.n, shape.h, shape.w, shape.padding, forward) for forward in (True, False)]
+        takes = [
+            library().uses_halo(shape.n, shape.h, shape.w, shape.padding, forward)
+            for forward in (True, False)
+        ]
         if all(takes) and shape.c * shape.k * 9 * shape.out[2] * shape.out[3] < 3e6:
             count -= 1
             yield shape
@@ -375,7 +378,9 @@ def test_padding_comes_after_the_activation_and_nan_stays(cuda, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("size", ELEMENTWISE_SHAPES + [(5, 16, 9, 33), (1, 320, 3, 5), (2, 2048, 2, 1)], ids=name_of)
+@pytest.mark.parametrize(
+    "size", ELEMENTWISE_SHAPES + [(5, 16, 9, 33), (1, 320, 3, 5), (2, 2048, 2, 1)], ids=name_of
+)
 class TestElementwise:
     def test_all(self, cuda, size, dtype):
         n, c = size[:2]
@@ -448,7 +453,9 @@ def test_finalize(cuda, dtype):
     for training in (True, False):
         args = (sums, bn, count, training)
         assert_trusted(
-            cuda.finalize_backward(*args), reference.finalize_backward(*args), reference.finalize_backward(*wide(*args))
+            cuda.finalize_backward(*args),
+            reference.finalize_backward(*args),
+            reference.finalize_backward(*wide(*args)),
         )
     expected = mean.clone(), var.clone()
     oracle = mean.double(), var.double()
@@ -470,12 +477,18 @@ def test_unaligned_views(cuda):
         assert view.copy_(t).data_ptr() % 16 != 0
         return view
 
-    expected = case.forward(cuda.preact_conv_forward), case.dgrad(cuda.preact_conv_dgrad), case.wgrad(cuda.preact_conv_wgrad)
+    def results():
+        return (
+            case.forward(cuda.preact_conv_forward),
+            case.dgrad(cuda.preact_conv_dgrad),
+            case.wgrad(cuda.preact_conv_wgrad),
+        )
+
+    expected = results()
     stats = cuda.channel_stats(case.x)
     for name in ("x", "residual", "dy", "dz_in", "weight", "bn"):
         setattr(case, name, moved(getattr(case, name)))
-    found = case.forward(cuda.preact_conv_forward), case.dgrad(cuda.preact_conv_dgrad), case.wgrad(cuda.preact_conv_wgrad)
-    for a, b in zip(expected, found, strict=True):
+    for a, b in zip(expected, results(), strict=True):
         assert all(map(torch.equal, a, b))
     torch.testing.assert_close(cuda.channel_stats(case.x), stats)
 
@@ -485,7 +498,9 @@ def test_unaligned_views(cuda):
 def test_weights_of_any_layout_and_float32_masters(cuda, format, weight_dtype):
     case = Case(Shape(2, 16, 6, 5, 24, 3, 1, 1), torch.bfloat16, integers=True, weight_dtype=weight_dtype)
     case.weight = case.weight.contiguous(memory_format=format)
-    assert torch.equal(case.forward(cuda.preact_conv_forward)[0], case.forward(reference.preact_conv_forward)[0])
+    assert torch.equal(
+        case.forward(cuda.preact_conv_forward)[0], case.forward(reference.preact_conv_forward)[0]
+    )
     assert torch.equal(case.dgrad(cuda.preact_conv_dgrad)[0], case.dgrad(reference.preact_conv_dgrad)[0])
     dweight, dbias = case.wgrad(cuda.preact_conv_wgrad)
     assert dweight.dtype == dbias.dtype == weight_dtype and dweight.stride() == case.weight.stride()
@@ -549,7 +564,10 @@ def test_errors(cuda):
         ({"weight": weight[:, :8]}, r"to have 8 channels, but got 16 channels instead"),
         ({"weight": weight.half()}, "expected weight to have dtype bfloat16 or float32, but got float16"),
         ({"weight": weight[:23]}, "channels are multiples of 8"),
-        ({"weight": torch.ones(8, 16, 5, 5).bfloat16(), "geometry": ([1, 1], [2, 2], [1, 1], 1)}, "take 1x1 and 3x3"),
+        (
+            {"weight": torch.ones(8, 16, 5, 5).bfloat16(), "geometry": ([1, 1], [2, 2], [1, 1], 1)},
+            "take 1x1 and 3x3",
+        ),
         ({"geometry": ([3, 3], [1, 1], [1, 1], 1)}, "stride 1 or 2"),
         ({"geometry": ([1, 1], [1, 1], [1, 1], 2)}, "expected groups to be 1, but got 2"),
         ({"geometry": ([1], [1, 1], [1, 1], 1)}, r"expected stride to be 2 integers|Expected"),
@@ -559,7 +577,9 @@ def test_errors(cuda):
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):
             forward(**arguments)
-    with pytest.raises(RuntimeError, match="Expected more than 1 value per channel when training, got count 1"):
+    with pytest.raises(
+        RuntimeError, match="Expected more than 1 value per channel when training, got count 1"
+    ):
         cuda.update_running_stats(torch.ones(8), torch.ones(8), torch.ones(2, 8), 1, 0.1)
 
 
@@ -613,5 +633,7 @@ print("nothing outside was touched")
 
 def test_nothing_is_read_outside_of_the_inputs():
     result = subprocess.run([sys.executable, "-c", GUARDED], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, f"exit status {result.returncode} (-11: a read outside)\n{result.stderr[-2000:]}"
+    assert result.returncode == 0, (
+        f"exit status {result.returncode} (-11: a read outside)\n{result.stderr[-2000:]}"
+    )
     assert "nothing outside was touched" in result.stdout
