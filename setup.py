@@ -4,6 +4,9 @@ resnet_fused/lib/libresnet_fused_cpu.so   csrc/{ops,kernels}/*.cpp; csrc/kernels
 resnet_fused/lib/libresnet_fused_cuda.so  csrc/ops/cuda/*.cpp, csrc/kernels/cuda/*.cu, where CUDA is built
 resnet_fused/_C.*.so                      csrc/module.cpp: pybind11, knows nothing of torch
 
+`setup.py build_emulator` builds build/<platform>/libresnet_fused_cuda_emulated.so for the tests: the CUDA
+library's own sources with tests/cuda_emulator in the place of CUDA.
+
 The libraries use torch's stable ABI and hold no Python: one build serves torch 2.10 and everything newer.
 
 Environment: CXX; MAX_JOBS; VERBOSE=1; CUDA_HOME; TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a;10.0+PTX";
@@ -24,7 +27,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +42,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 # Every multiply-add of the kernels is one rounding where the CPU has FMA, with every compiler: GCC's default,
 # said. psabi: vectors wider than a level's registers are passed between its own functions only.
 VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
+# Kernels that name RF_DTYPE are compiled once for each of these, side by side.
+CUDA_DTYPES = ("float", "bfloat16", "float16")
 VARIANTS = [("generic", [])]  # position = level, as in cpu_kernels.h
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512 + ["-mavx512bf16"])]
@@ -171,8 +176,20 @@ class Ninja:
     def objects(self, rule, sources, flags, variant=""):
         """One object per source, under a directory for the variant."""
         top = self.directory / "obj" / variant
-        return [self.build(top / f"{source.relative_to(ROOT / 'csrc')}.o", rule, [source], flags)
-                for source in sources]
+
+        def name(source):
+            return source.relative_to(ROOT / "csrc" if source.is_relative_to(ROOT / "csrc") else ROOT)
+
+        return [self.build(top / f"{name(source)}.o", rule, [source], flags) for source in sources]
+
+    def cuda_kernels(self, rule, flags, variant=""):
+        """The objects of csrc/kernels/cuda."""
+        sources = sorted(ROOT.glob("csrc/kernels/cuda/*.cu"))
+        typed = [source for source in sources if "RF_DTYPE" in source.read_text()]
+        objects = self.objects(rule, [source for source in sources if source not in typed], flags, variant)
+        for dtype in CUDA_DTYPES:
+            objects += self.objects(rule, typed, [*flags, f"-DRF_DTYPE={dtype}"], f"{variant}{dtype}")
+        return objects
 
     def run(self, ninja, outputs):
         write_if_changed(self.directory / "build.ninja", "\n".join(self.lines) + "\n")
@@ -189,6 +206,21 @@ def write_if_changed(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+def open_build_directory():
+    """One directory for every torch and Python: ninja sees which commands changed, and kernels know neither."""
+    directory = ROOT / "build" / sysconfig.get_platform()
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / ".lock", "w")  # until the results are delivered: ninja expects no company
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return directory, lock
+
+
+def stable_flags(torch):
+    """What compiling and linking against torch's stable ABI takes."""
+    return ([f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch / "include"],
+            ["-pthread", f"-L{torch / 'lib'}", "-Wl,--as-needed,-z,defs,--version-script=csrc/exports.map"])
 
 
 class BuildLibraries(build_ext):
@@ -209,11 +241,7 @@ class BuildLibraries(build_ext):
             print(f"resnet_fused: building for CPU and Triton only: {no_cuda}", file=sys.stderr)
         architectures, architecture_flags = cuda_architectures(cuda / "bin" / "nvcc") if cuda else ("", [])
 
-        # One directory for every torch and Python: ninja sees which commands changed, and kernels know neither.
-        directory = ROOT / "build" / sysconfig.get_platform()
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # until the results are delivered: ninja expects no company
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        directory, lock = open_build_directory()
         facts = {"VERSION": VERSION, "TORCH": torch_version, "COMPILER": compiler_version,
                  "CUDA": cuda_version or "", "CUDA_ARCHITECTURES": architectures, "NO_CUDA": no_cuda,
                  "VARIANTS": ",".join(name for name, _ in VARIANTS)}
@@ -225,8 +253,7 @@ class BuildLibraries(build_ext):
         cxx = build.flags(compiler)
         build.rule("cxx", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
         build.rule("link", f"{cxx} -shared $in -o $out $flags", dependencies=False)
-        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch / "include"]
-        link = ["-pthread", f"-L{torch / 'lib'}", "-Wl,--as-needed,-z,defs,--version-script=csrc/exports.map"]
+        stable, link = stable_flags(torch)
 
         csrc = ROOT / "csrc"
         flags = [*CXX_FLAGS, "-Icsrc"]
@@ -243,8 +270,8 @@ class BuildLibraries(build_ext):
             nvcc = build.flags([cuda / "bin" / "nvcc", "-ccbin", host_compiler])
             build.rule("nvcc", f"{nvcc} $flags -MD -MF $out.d -c $in -o $out")
             host = ["-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", "-Wall"))]
-            objects = build.objects("nvcc", sorted(csrc.glob("kernels/cuda/*.cu")),
-                                    ["-O3", "-std=c++20", "-DNDEBUG", "-Icsrc", *host, *architecture_flags])
+            objects = build.cuda_kernels("nvcc", ["-O3", "-std=c++20", "-DNDEBUG", "-Icsrc", *host,
+                                                  *architecture_flags])
             objects += build.objects("cxx", sorted(csrc.glob("ops/cuda/*.cpp")),
                                      [*flags, *stable, "-DUSE_CUDA", "-isystem", cuda / "include"])
             library = build.build(directory / "libresnet_fused_cuda.so", "link", objects,
@@ -280,4 +307,38 @@ class BuildLibraries(build_ext):
         return []  # MANIFEST.in names them
 
 
-setup(ext_modules=[Extension("resnet_fused._C", sources=[])], cmdclass={"build_ext": BuildLibraries})
+class BuildEmulator(Command):
+    """The CUDA library for the CPU: its kernels' and wrappers' sources, with the tests' emulator below them."""
+
+    description = "build the emulated CUDA library for the tests"
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        compiler, _ = find_compiler()
+        torch, _, _ = find_torch()
+        directory, lock = open_build_directory()
+        build = Ninja(directory / "emulator")
+        cxx = build.flags(compiler)
+        build.rule("cxx", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
+        build.rule("link", f"{cxx} -shared $in -o $out $flags", dependencies=False)
+        stable, link = stable_flags(torch)
+        # One rounding where the source says fmaf, and nowhere else.
+        flags = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+                 "-ffp-contract=off", "-DRF_EMULATE", "-Icsrc", "-Itests/cuda_emulator"]
+        objects = build.cuda_kernels("cxx", [*flags, "-x", "c++"])
+        wrappers = [path for path in sorted(ROOT.glob("csrc/ops/cuda/*.cpp")) if path.stem != "device"]
+        objects += build.objects("cxx", [*wrappers, *sorted(ROOT.glob("tests/cuda_emulator/*.cpp"))],
+                                 [*flags, *stable])
+        library = build.build(directory / "libresnet_fused_cuda_emulated.so", "link", objects,
+                              [*link, "-ltorch_cpu"])
+        build.run(find_ninja(), [library])
+
+
+setup(ext_modules=[Extension("resnet_fused._C", sources=[])],
+      cmdclass={"build_ext": BuildLibraries, "build_emulator": BuildEmulator})

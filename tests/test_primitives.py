@@ -681,6 +681,8 @@ class TestDispatch:
         "name", ["cuda", *(["triton"] if dispatch.unavailable("triton") is not None else [])]
     )
     def test_unavailable(self, name):
+        if dispatch.unavailable(name) is None:
+            pytest.skip(f"{name} is available here")
         with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "):
             rf.use_backend(name)
         assert dispatch.current_backend() == "auto"

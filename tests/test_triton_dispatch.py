@@ -22,7 +22,8 @@ def geometry(kernel=1, stride=1, groups=1, c=16, k=16):
 
 @pytest.fixture
 def cuda_devices(monkeypatch, tmp_path):
-    """As on a machine with a GPU that the kernels take, and with nothing measured."""
+    """As on a machine with a GPU that the kernels take, without CUDA C++ kernels, and with nothing measured."""
+    monkeypatch.setattr(dispatch, "_OWN", {"cpu": ("cpu",), "cuda": ("triton",)})
     monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
     monkeypatch.setattr(
         triton_kernels, "declines_device", lambda kind: None if kind == "cuda" else f"not {kind}"
@@ -95,7 +96,7 @@ def test_a_broken_triton_is_told_once_and_served_by_others(cuda_devices, monkeyp
         raise RuntimeError("it is broken")
 
     monkeypatch.setattr(triton_kernels, "load", broken)
-    monkeypatch.setattr(dispatch, "_OWN", {"cpu": "triton"})
+    monkeypatch.setattr(dispatch, "_OWN", {"cpu": ("triton",)})
     monkeypatch.setattr(triton_kernels, "declines_device", lambda kind: None)
     monkeypatch.delitem(dispatch._implementations["channel_stats"], "triton", raising=False)
     dispatch.forget()

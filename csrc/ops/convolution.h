@@ -1,16 +1,10 @@
 // Checks that the three convolution wrappers share, with the wording of torch.nn.functional.conv2d.
 #pragma once
 
+#include "geometry.h"
 #include "tensor.h"
 
 namespace resnet_fused {
-
-struct ConvolutionOptions {
-  const std::vector<int64_t>& stride;
-  const std::vector<int64_t>& padding;
-  const std::vector<int64_t>& dilation;
-  int64_t groups;
-};
 
 // Geometry of a convolution of `input` with `weight`; raises where they do not fit.
 ConvGeometry check_convolution(const Activation& input, const Tensor& weight,

@@ -8,14 +8,6 @@ namespace resnet_fused {
 
 using torch::headeronly::ScalarType;
 
-std::string to_string(IntHeaderOnlyArrayRef values) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
-  out << ']';
-  return out.str();
-}
-
 const char* dtype_name(DType dtype) {
   return dtype == DType::float32 ? "float32" : dtype == DType::float64 ? "float64" : "bfloat16";
 }

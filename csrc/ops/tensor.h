@@ -8,36 +8,17 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../kernels/cpu_kernels.h"
+#include "errors.h"
 #include "pool.h"
 
 namespace resnet_fused {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
-// STD_TORCH_CHECK puts the function, the file and the line before its message; users of PyTorch expect the
-// message alone.
-template <typename... Args> [[noreturn]] void raise(const Args&... args) {
-  std::ostringstream message;
-  ((message << args), ...);
-  throw std::runtime_error(message.str());
-}
-
-#define RF_CHECK(condition, ...)          \
-  do {                                    \
-    if (!(condition)) [[unlikely]]        \
-      ::resnet_fused::raise(__VA_ARGS__); \
-  } while (false)
-
-// "[2, 3, 8, 8]"
-std::string to_string(IntHeaderOnlyArrayRef values);
 // "float32", as Python prints it without "torch."
 const char* dtype_name(const Tensor& tensor);
 const char* dtype_name(DType dtype);

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import extension, triton_kernels
+from resnet_fused import cuda_kernels, extension, triton_kernels
 from resnet_fused.triton_kernels import support
 
 from . import tuning
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "unfused")
 
-#: The backend with kernels of our own, by type of device.
-_OWN = {"cpu": "cpu", "cuda": "triton"}
+#: The backends with kernels of our own, by type of device. The C++ ones first: they launch in less time.
+_OWN = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -58,13 +58,16 @@ _logs: list[list[DispatchRecord]] = []
 
 
 def register(primitive: str, *, reference: Callable, unfused: Callable | None = None) -> None:
-    """Make a primitive's implementations known. C++ ones are found by name in torch.ops.resnet_fused_cpu,
-    Triton ones by name in triton_kernels, when the first is needed: importing Triton takes a second."""
+    """Make a primitive's implementations known. C++ ones are found by name in torch.ops.resnet_fused_cpu and
+    torch.ops.resnet_fused_cuda, Triton ones by name in triton_kernels, when the first is needed: importing
+    Triton takes a second."""
     implementations = {"reference": reference}
     if unfused is not None:
         implementations["unfused"] = unfused
     if extension.cpu_available() and hasattr(torch.ops.resnet_fused_cpu, primitive):
         implementations["cpu"] = getattr(torch.ops.resnet_fused_cpu, primitive).default
+    if (cuda := cuda_kernels.implementation(primitive, unfused)) is not None:
+        implementations["cuda"] = cuda
     _implementations[primitive] = implementations
 
 
@@ -76,7 +79,7 @@ def unavailable(backend: str) -> str | None:
         on = "cpu" if triton_kernels.interpreted() else "cuda"
         return triton_kernels.unavailable() or triton_kernels.declines_device(on)
     if backend == "cuda":
-        return "this version of resnet_fused has no cuda kernels"
+        return cuda_kernels.unavailable()
     return None
 
 
@@ -164,17 +167,38 @@ def _cpu_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | N
     return None
 
 
+def _cuda_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | None) -> str | None:
+    if "cuda" not in _implementations[primitive]:
+        return f"no cuda kernels ({cuda_kernels.unavailable() or 'the library does not have this one'})"
+    return cuda_kernels.declines(primitive, dtype, geometry)
+
+
 def _declines(
     backend: str, primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry | None
 ) -> str | None:
     """Why a backend with kernels of our own leaves this case to others, or None."""
     if backend == "cpu":
         return _cpu_declines(primitive, dtype, geometry)
+    if backend == "cuda":
+        return _cuda_declines(primitive, dtype, geometry)
     return (
         triton_kernels.unavailable()
         or triton_kernels.declines_device(device_type)
         or support.declines(primitive, dtype, geometry)
     )
+
+
+def _slower(
+    backend: str, primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry | None
+) -> str | None:
+    """Why "auto" passes by a backend that does not decline, or None."""
+    if geometry is None:
+        return None
+    if backend == "cuda" and not cuda_kernels.expected_faster(primitive, dtype, geometry):
+        return "the cuda kernel is expected to be slower at this shape (by a model; nothing is measured)"
+    if backend != "cuda" and prefer_unfused(primitive, device_type, dtype, geometry):
+        return "the unfused path was measured to be faster at this shape"
+    return None
 
 
 def choose(
@@ -191,24 +215,23 @@ def choose(
         return Choice("reference", "use_backend('reference')")
     if _backend == "cpu" and device_type != "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device_type}")
+    if _backend == "cuda" and device_type != "cuda":
+        raise RuntimeError(f"backend 'cuda' was asked for, but the tensors are on {device_type}")
     if _backend == "triton" and (why := triton_kernels.declines_device(device_type)) is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but {why}")
     if _backend == "unfused" and "unfused" in implementations:
         return Choice("unfused", "use_backend('unfused')")
-    own = "triton" if _backend == "triton" else _OWN.get(device_type)
-    if own is None:
-        why = f"no kernels for {device_type}"
-    else:
+    asked = _backend in ("cuda", "triton")
+    reasons = []
+    for own in (_backend,) if asked else _OWN.get(device_type, ()):
         why = _declines(own, primitive, device_type, dtype, geometry)
-        if (
-            why is None
-            and _backend == "auto"
-            and geometry is not None
-            and prefer_unfused(primitive, device_type, dtype, geometry)
-        ):
-            why = "the unfused path was measured to be faster at this shape"
+        if why is None and _backend == "auto":
+            why = _slower(own, primitive, device_type, dtype, geometry)
         if why is None:
-            return Choice(own, f"{own} kernel")
+            return Choice(own, f"{own} kernel" + "".join(f"; {reason}" for reason in reasons))
+        if asked or own != "cuda" or own in implementations:  # a library that was not built is no reason
+            reasons.append(why)
+    why = "; ".join(reasons) or f"no kernels for {device_type}"
     return Choice("unfused" if "unfused" in implementations else "reference", why)
 
 

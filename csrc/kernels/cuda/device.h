@@ -13,5 +13,8 @@ cudaError_t runtime_version(int* version);
 // run; an error where this library has none for it. Launches nothing.
 cudaError_t kernel_architecture(int* architecture);
 
+// Multiprocessors of a device, asked once for each.
+cudaError_t multiprocessors(int device, int* count);
+
 }  // namespace cuda
 }  // namespace resnet_fused

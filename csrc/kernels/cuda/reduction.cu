@@ -1,0 +1,142 @@
+#include "reduction.h"
+
+#include "index.h"
+
+namespace resnet_fused {
+namespace cuda {
+namespace {
+
+constexpr int kColumns = 32;
+constexpr int kLanes = 8;
+
+struct MergeParams {
+  const float* partial;
+  float* out;  // [blocks, ...]
+  int64_t groups, groups_per_block;
+  int64_t columns;  // of statistics: channels
+  int64_t rows_per_group, rows;
+  const float* counts;  // instead of these two
+  float* counts_out;
+  bool to_weight;
+  WeightOutput weight;
+};
+
+__global__ void __launch_bounds__(kColumns* kLanes)
+    merge_stats_kernel(const __grid_constant__ MergeParams p) {
+  RF_SHARED_MEMORY(shared);
+  float (*const cell)[kLanes][kColumns] =
+      reinterpret_cast<float (*)[kLanes][kColumns]>(shared);  // [n, mean, m2]
+  const int lane = threadIdx.x / kColumns, in_tile = threadIdx.x % kColumns;
+  const int64_t column = int64_t{blockIdx.x} * kColumns + in_tile;
+  const Piece groups = piece_of(blockIdx.y, p.groups_per_block, p.groups);
+  float n = 0.0f, mean = 0.0f, m2 = 0.0f;
+  if (column < p.columns)
+    for (int64_t i = lane; i < groups.count; i += kLanes) {
+      const int64_t group = groups.first + i;
+      const float* const at = p.partial + group * 2 * p.columns + column;
+      const float count =
+          p.counts ? p.counts[group] : static_cast<float>(piece_of(group, p.rows_per_group, p.rows).count);
+      merge_moments(n, mean, m2, count, at[0], at[p.columns]);
+    }
+  cell[0][lane][in_tile] = n, cell[1][lane][in_tile] = mean, cell[2][lane][in_tile] = m2;
+  __syncthreads();
+  if (lane == 0 && column < p.columns) {
+    for (int i = 1; i < kLanes; ++i)
+      merge_moments(n, mean, m2, cell[0][i][in_tile], cell[1][i][in_tile], cell[2][i][in_tile]);
+    float* const out = p.out + int64_t{blockIdx.y} * 2 * p.columns + column;
+    out[0] = mean;
+    out[p.columns] = m2;
+    if (p.counts_out && column == 0) p.counts_out[blockIdx.y] = n;
+  }
+}
+
+__device__ void store_weight(const WeightOutput& w, int64_t column, float value) {
+  const int64_t tap = column / w.c, c = column % w.c;
+  const int64_t k = tap / w.taps, r = tap % w.taps / w.s, s = tap % w.taps % w.s;
+  const int64_t at = k * w.stride_k + c * w.stride_c + r * w.stride_r + s * w.stride_s;
+  if (w.type == ParameterType::float32)
+    static_cast<float*>(w.data)[at] = value;
+  else if (w.type == ParameterType::bfloat16)
+    static_cast<bfloat16*>(w.data)[at] = from_float<bfloat16>(value);
+  else
+    static_cast<float16*>(w.data)[at] = from_float<float16>(value);
+}
+
+__global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __grid_constant__ MergeParams p) {
+  RF_SHARED_MEMORY(shared);
+  float (*const cell)[kColumns] = reinterpret_cast<float (*)[kColumns]>(shared);
+  const int lane = threadIdx.x / kColumns, in_tile = threadIdx.x % kColumns;
+  const int64_t column = int64_t{blockIdx.x} * kColumns + in_tile;
+  const Piece groups = piece_of(blockIdx.y, p.groups_per_block, p.groups);
+  float total = 0.0f;
+  if (column < p.columns)
+    for (int64_t i = lane; i < groups.count; i += kLanes)
+      total += p.partial[(groups.first + i) * p.columns + column];
+  cell[lane][in_tile] = total;
+  __syncthreads();
+  if (lane == 0 && column < p.columns) {
+    for (int i = 1; i < kLanes; ++i) total += cell[i][in_tile];
+    if (p.to_weight)
+      store_weight(p.weight, column, total);
+    else
+      p.out[int64_t{blockIdx.y} * p.columns + column] = total;
+  }
+}
+
+// In one step, or in two with the results of the first behind the partial results.
+template <auto kernel>
+cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_group, bool to_weight,
+                  int cells, Stream stream) {
+  const size_t shared = size_t{sizeof(float)} * cells * kLanes * kColumns;
+  const unsigned tiles = static_cast<unsigned>(divide_up(p.columns, kColumns));
+  const int64_t blocks = merge_blocks(p.groups);
+  p.partial = partial;
+  if (blocks > 1) {
+    p.out = partial + p.groups * floats_per_group;
+    p.groups_per_block = kGroupsPerBlock;
+    if (p.counts) p.counts_out = const_cast<float*>(p.counts) + p.groups;
+    const cudaError_t error =
+        launch<kernel>(dim3(tiles, static_cast<unsigned>(blocks)), kColumns * kLanes, shared, stream, p);
+    if (error != cudaSuccess) return error;
+    p.partial = p.out;
+    p.groups = blocks;
+    p.rows_per_group *= kGroupsPerBlock;
+    p.counts = p.counts_out;
+    p.counts_out = nullptr;
+  }
+  p.out = out;
+  p.groups_per_block = p.groups;
+  p.to_weight = to_weight;
+  return launch<kernel>(dim3(tiles), kColumns * kLanes, shared, stream, p);
+}
+
+}  // namespace
+
+int64_t partial_floats(int64_t groups, int64_t columns) {
+  const int64_t blocks = merge_blocks(groups);
+  return (groups + (blocks > 1 ? blocks : 0)) * columns;
+}
+
+cudaError_t merge_stats(float* partial, float* counts, int64_t groups, int64_t channels,
+                        int64_t rows_per_group, int64_t rows, float* stats, Stream stream) {
+  MergeParams p{};
+  p.groups = groups, p.columns = channels, p.rows_per_group = rows_per_group, p.rows = rows;
+  p.counts = counts;
+  return merge<merge_stats_kernel>(p, partial, stats, 2 * channels, false, 3, stream);
+}
+
+cudaError_t merge_sums(float* partial, int64_t groups, int64_t columns, float* sums, Stream stream) {
+  MergeParams p{};
+  p.groups = groups, p.columns = columns;
+  return merge<merge_sums_kernel>(p, partial, sums, columns, false, 1, stream);
+}
+
+cudaError_t merge_weight(float* partial, int64_t groups, int64_t columns, const WeightOutput& weight,
+                         Stream stream) {
+  MergeParams p{};
+  p.groups = groups, p.columns = columns, p.weight = weight;
+  return merge<merge_sums_kernel>(p, partial, nullptr, columns, true, 1, stream);
+}
+
+}  // namespace cuda
+}  // namespace resnet_fused

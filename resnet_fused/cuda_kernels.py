@@ -1,0 +1,128 @@
+"""Which cases the CUDA C++ kernels take, and their operators. They are in torch.ops.resnet_fused_cuda."""
+
+from collections.abc import Callable
+
+import torch
+
+from . import extension
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CONVOLUTIONS = (
+    "preact_conv_forward",
+    "preact_conv_dgrad",
+    "preact_conv_wgrad",
+    "preact_conv_backward_1x1",
+)
+#: Channels of a convolution: its kernels keep scale and shift of all of them in shared memory.
+_MAX_CHANNELS = 4096
+#: Output channels of preact_conv_backward_1x1: its weight gradient stays in registers.
+_MAX_COMBINED = 64
+
+# What `expected_faster` reckons with until there are measurements: memory and matrix rates of an H200 (a copy,
+# read and written, and a bf16 matrix product), and the part of the matrix rate that a convolution is assumed to
+# reach: these kernels use mma.sync on every chip, the library wgmma on Hopper.
+_BYTES_PER_SECOND = 4.3e12
+_FLOPS_PER_SECOND = {2: 7.9e14, 4: 3.9e14}
+_OURS, _LIBRARY = 0.35, 0.7
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot be used here, or None."""
+    if not extension.cuda_loaded():
+        built = extension.build_info().get("cuda_reason") or "its library was not loaded"
+        return extension.failures.get("cuda", built)
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 convolutions round their operands to TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
+    """Why the CUDA kernels leave this case to the unfused path, or None if they take it.
+
+    Args:
+        primitive: a primitive's name, such as ``"preact_conv_forward"``.
+        dtype: of the activations.
+        geometry: for convolutions, anything with the fields of ``primitives.dispatch.ConvGeometry``.
+    """
+    if dtype not in _DTYPES:
+        return f"the cuda kernels do not take {dtype}"
+    if geometry is None:
+        return None
+    if geometry.groups != 1:
+        return f"the cuda kernels do not take groups={geometry.groups}"
+    n, c, h, w = geometry.input
+    k, _, r, s = geometry.weight
+    if (r, s) not in ((1, 1), (3, 3)):
+        return f"the cuda kernels do not take {r}x{s} kernels"
+    if max(geometry.stride) > 2:
+        return f"the cuda kernels do not take stride {geometry.stride}"
+    if c % 8 or k % 8:
+        return f"{c} and {k} channels are not multiples of 8"
+    if max(c, k) > _MAX_CHANNELS:
+        return f"the cuda kernels do not take more than {_MAX_CHANNELS} channels"
+    if primitive == "preact_conv_backward_1x1":
+        if r > 1 or max(geometry.stride) > 1 or max(geometry.padding) > 0:
+            return "one kernel for both gradients is for 1x1 convolutions with stride 1 and no padding"
+        if k > _MAX_COMBINED:
+            return f"the weight gradient of more than {_MAX_COMBINED} outputs ({k}) does not stay in registers"
+    pixels = n * (h + 2 * geometry.padding[0]) * (w + 2 * geometry.padding[1])
+    if pixels >= 2**31 - 2**24:
+        return f"the cuda kernels count pixels in 32 bits, but there are {pixels}"
+    if dtype is torch.float32 and not tf32_allowed():
+        return "the cuda kernels multiply float32 as TF32, which torch.backends.cudnn.conv.fp32_precision forbids"
+    return None
+
+
+def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
+    """Whether a fused convolution should beat the unfused path at this shape, by a model: nothing is measured.
+
+    The unfused path writes and reads a normalised copy of x (in the input gradient, one more gradient of x)
+    but multiplies at the library's rate. Where a convolution is bound by memory, which most of a CIFAR net's
+    and the 1x1 ones of others are, fusing should win; where it is bound by arithmetic, the library.
+    """
+    n, c, h, w = geometry.input
+    k, _, r, s = geometry.weight
+    size = dtype.itemsize
+    p = (h + 2 * geometry.padding[0] - geometry.dilation[0] * (r - 1) - 1) // geometry.stride[0] + 1
+    q = (w + 2 * geometry.padding[1] - geometry.dilation[1] * (s - 1) - 1) // geometry.stride[1] + 1
+    flops = 2.0 * n * p * q * k * c * r * s
+    x, y = float(n * c * h * w * size), float(n * k * p * q * size)
+    rate = _FLOPS_PER_SECOND[size]
+    # Bytes that our kernel moves, that the library's convolutions move, and the elementwise passes beside these.
+    ours, library, elementwise = {
+        "preact_conv_dgrad": (2 * x + y, x + y, 3 * x),
+        "preact_conv_backward_1x1": (2 * x + y, 2 * (x + y), 5 * x),
+    }.get(primitive, (x + y, x + y, 2 * x))
+    if primitive == "preact_conv_backward_1x1":
+        flops *= 2
+
+    def seconds(moved, part):
+        return max(moved / _BYTES_PER_SECOND, flops / (rate * part))
+
+    return seconds(ours, _OURS) <= seconds(library, _LIBRARY) + elementwise / _BYTES_PER_SECOND
+
+
+def implementation(primitive: str, unfused: Callable | None = None) -> Callable | None:
+    """The operator of a primitive, or None if the library does not have it.
+
+    Args:
+        unfused: for convolutions: what runs in place of the operator while TF32 is not allowed. The user can
+            change that at any time, and a choice of backend is kept.
+    """
+    if not extension.cuda_loaded() or not hasattr(torch.ops.resnet_fused_cuda, primitive):
+        return None
+    operator = getattr(torch.ops.resnet_fused_cuda, primitive).default
+    if primitive not in _CONVOLUTIONS:
+        return operator
+
+    def run(x, *args):
+        if x.dtype is torch.float32 and not tf32_allowed():
+            return unfused(x, *args)
+        return operator(x, *args)
+
+    return run

@@ -1,0 +1,132 @@
+"""When the CUDA kernels are chosen, and why not. The tensors need not exist: choosing is pure."""
+
+import re
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import cuda_kernels, triton_kernels
+from resnet_fused.primitives import dispatch
+from resnet_fused.primitives.dispatch import ConvGeometry
+
+CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
+NARROW = ConvGeometry((128, 64, 32, 32), (16, 64, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+WIDE = ConvGeometry((256, 512, 28, 28), (512, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """As if the CUDA library were loaded, without Triton; the operators are stand-ins that say who ran."""
+    monkeypatch.setattr(dispatch, "_OWN", {"cpu": ("cpu",), "cuda": ("cuda",)})
+
+    def stand_in(name):
+        return lambda *args: f"cuda {name}"
+
+    for name, implementations in dispatch._implementations.items():
+        monkeypatch.setitem(implementations, "cuda", stand_in(name))
+    monkeypatch.setattr(cuda_kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_kernels, "tf32_allowed", lambda: True)
+
+
+def test_auto_takes_them_where_fusing_should_pay(library):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for primitive in CONVOLUTIONS:
+            assert dispatch.choose(primitive, "cuda", dtype, NARROW) == ("cuda", "cuda kernel")
+            choice = dispatch.choose(primitive, "cuda", dtype, WIDE)
+            assert choice.backend == "unfused" and "nothing is measured" in choice.reason
+            with rf.use_backend("cuda"):
+                assert dispatch.choose(primitive, "cuda", dtype, WIDE).backend == "cuda"
+            with rf.use_backend("unfused"):
+                assert dispatch.choose(primitive, "cuda", dtype, NARROW).backend == "unfused"
+        for primitive in ("channel_stats", "preact_apply", "residual_add", "bn_act_forward"):
+            assert dispatch.choose(primitive, "cuda", dtype).backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "reason"),
+    [
+        (torch.float64, {}, "do not take torch.float64"),
+        (torch.bfloat16, {"groups": 2}, "do not take groups=2"),
+        (torch.bfloat16, {"weight": (16, 64, 5, 5)}, "do not take 5x5 kernels"),
+        (torch.bfloat16, {"weight": (16, 64, 1, 3)}, "do not take 1x3 kernels"),
+        (torch.bfloat16, {"stride": (3, 1)}, r"do not take stride \(3, 1\)"),
+        (torch.bfloat16, {"weight": (17, 64, 1, 1)}, "64 and 17 channels are not multiples of 8"),
+        (torch.bfloat16, {"weight": (8192, 64, 1, 1)}, "more than 4096 channels"),
+        (torch.bfloat16, {"input": (2**15, 64, 256, 256)}, "count pixels in 32 bits"),
+    ],
+)
+def test_what_is_declined_goes_the_unfused_way(library, dtype, change, reason):
+    geometry = NARROW._replace(**change)
+    for name in ("auto", "cuda"):
+        with rf.use_backend(name):
+            choice = dispatch.choose("preact_conv_forward", "cuda", dtype, geometry)
+        assert choice.backend == "unfused"
+        assert re.search(reason, choice.reason)
+
+
+def test_then_triton_then_unfused(library, monkeypatch, tmp_path):
+    """What the CUDA kernels decline, or are expected to be slower at, goes to the Triton kernels if these take it."""
+    monkeypatch.setattr(dispatch, "_OWN", {"cuda": ("cuda", "triton")})
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_kernels, "declines_device", lambda kind: None)
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    odd = NARROW._replace(weight=(17, 64, 1, 1))
+    choice = dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, odd)
+    assert choice == ("triton", "triton kernel; 64 and 17 channels are not multiples of 8")
+    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, WIDE).backend == "triton"
+    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, NARROW).backend == "cuda"
+    grouped = dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, NARROW._replace(groups=2))
+    assert grouped.backend == "unfused"
+    assert grouped.reason == "the cuda kernels do not take groups=2; the triton kernels do not take groups=2"
+
+
+def test_both_gradients_in_one_kernel(library):
+    def choose(**change):
+        geometry = NARROW._replace(**change)
+        return dispatch.choose("preact_conv_backward_1x1", "cuda", torch.bfloat16, geometry)
+
+    assert choose() == ("cuda", "cuda kernel")
+    for change in ({"weight": (72, 64, 1, 1)}, {"stride": (2, 2)}, {"weight": (16, 64, 3, 3)}):
+        assert choose(**change).backend == "unfused"
+
+
+def test_float32_only_as_tf32(library, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tf32_allowed", lambda: False)
+    choice = dispatch.choose("preact_conv_forward", "cuda", torch.float32, NARROW)
+    assert choice.backend == "unfused" and "TF32" in choice.reason
+    assert dispatch.choose("channel_stats", "cuda", torch.float32).backend == "cuda"
+    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, NARROW).backend == "cuda"
+
+
+@pytest.mark.skipif(not cuda_kernels.extension.cuda_loaded(), reason="the CUDA library is not loaded")
+def test_a_kept_choice_follows_the_precision(monkeypatch):
+    calls = []
+    operator = cuda_kernels.implementation("preact_conv_forward", lambda x, *args: calls.append("unfused"))
+    x = torch.ones(1, 8, 2, 2)
+    arguments = (x, None, torch.ones(8, 8, 1, 1), None, None, 0.0, [1, 1], [0, 0], [1, 1], 1, False)
+    monkeypatch.setattr(cuda_kernels, "tf32_allowed", lambda: False)
+    operator(*arguments)
+    assert calls == ["unfused"]
+    monkeypatch.setattr(cuda_kernels, "tf32_allowed", lambda: True)
+    with pytest.raises((NotImplementedError, RuntimeError)):  # the operator itself, which has no CPU kernel
+        operator(*arguments)
+
+
+def test_every_primitive_has_an_operator():
+    if not cuda_kernels.extension.cuda_loaded():
+        pytest.skip("the CUDA library is not loaded")
+    for primitive, implementations in dispatch._implementations.items():
+        if "cpu" in implementations:
+            assert "cuda" in implementations, primitive
+            libraries = torch.ops.resnet_fused_cpu, torch.ops.resnet_fused_cuda
+            schemas = [str(getattr(library, primitive).default._schema) for library in libraries]
+            assert schemas[0].partition("::")[2] == schemas[1].partition("::")[2]
+
+
+def test_on_cpu_tensors_it_raises(library):
+    with (
+        rf.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on cpu"),
+    ):
+        dispatch.choose("channel_stats", "cpu", torch.float32)
