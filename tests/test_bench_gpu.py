@@ -17,10 +17,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from bench.gpu import __main__ as main  # noqa: E402
-from bench.gpu import cases, correctness, kernels, nets, results, steps, timing  # noqa: E402
+from bench.gpu import cases, correctness, kernels, nets, results, sanitizer, steps, timing  # noqa: E402
 from bench.gpu.nets import NETS, Layer, Net, StagedNet  # noqa: E402
 
+from cuda_emulation import OnDevice  # noqa: E402
+
 from resnet_fused import primitives  # noqa: E402
+from resnet_fused.primitives import dispatch  # noqa: E402
 
 TINY = Net("preact_resnet29_cifar", 2, 8, 10)
 CEILINGS = timing.Ceilings(1e9, 1e10)
@@ -40,7 +43,7 @@ class TestCommand:
         assert run.stderr == "bench.gpu: there is no GPU to measure on: torch sees no CUDA device\n"
 
     def test_arguments(self, capsys):
-        assert main.parse([]).parts == ["correctness", "kernels", "steps"]
+        assert main.parse([]).parts == ["correctness", "sanitizer", "kernels", "steps"]
         found = main.parse(["steps", "correctness", "--force", "--budget", "9"])
         assert found.parts == ["correctness", "steps"] and found.force and found.budget == 9
         with pytest.raises(SystemExit) as exit:
@@ -223,6 +226,76 @@ class TestKernels:
         deadline = time.monotonic() + 60
         assert kernels.run(part, [case], "cpu", timer, CEILINGS, deadline, say=lambda line: None) == 1
         assert "error" in part.rows[0] and "fused_p50_us" not in part.rows[0]
+
+
+class TestBackends:
+    def test_one_row_for_each(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+        assert kernels.backends("cuda") == ("triton", "cuda") and kernels.backends("cpu") == ("auto",)
+        monkeypatch.setattr(dispatch, "unavailable", lambda name: "no" if name == "cuda" else None)
+        assert kernels.backends("cuda") == ("triton",)
+        case = cases.cases([TINY])[0]
+        assert kernels.row_name(case, "cuda") == f"{case.name} cuda"
+        assert kernels.row_name(case, "triton") == kernels.row_name(case, "auto") == case.name
+
+    def test_summary(self, tmp_path):
+        part = results.Part("kernels", MACHINE, tmp_path)
+        row = {"primitive": "preact_conv_wgrad", "fused_p50_us": 2.0, "unfused_p50_us": 1.0, "share": 0.5}
+        part.add({"name": "a", "backend": "triton", **row})
+        part.add({"name": "a cuda", "backend": "cuda", **row, "fused_p50_us": 0.5, "share": 0.9})
+        part.add({"name": "b cuda", "backend": "unfused", "primitive": "preact_conv_wgrad", "declined": True})
+        part.add({"name": "c", "primitive": "preact_conv_wgrad", "error": "wrong"})
+        triton, cuda = kernels.summary(part).splitlines()
+        assert "triton" in triton and "median 0.50, slower than unfused in 1" in triton
+        assert "cuda" in cuda and "median 0.90, slower than unfused in 0" in cuda
+
+
+class TestSanitizer:
+    @pytest.mark.parametrize(
+        ("log", "errors"),
+        [
+            ("========= ERROR SUMMARY: 0 errors", 0),
+            ("========= ERROR SUMMARY: 3 errors\n========= ERROR SUMMARY: 1 error", 4),
+            ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2),
+            ("killed", None),
+        ],
+    )
+    def test_errors(self, log, errors):
+        assert sanitizer.errors_in(log) == errors
+
+    def test_skipped_where_it_cannot_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(dispatch, "unavailable", lambda name: "not built")
+        part, told = results.Part("sanitizer", MACHINE, tmp_path), []
+        assert sanitizer.run(part, time.monotonic() + 10, told.append) == 0
+        assert part.complete and told == ["sanitizer: skipped: not built"]
+
+    @pytest.mark.parametrize(("found", "wrong"), [(0, 0), (2, 3)])
+    def test_runs_every_tool(self, tmp_path, monkeypatch, found, wrong):
+        """With a stand-in that prints what the tool prints, in front of a real run of tests."""
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {found} errors'\nshift 4\nexec \"$@\"\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+        monkeypatch.setattr(sanitizer, "find", lambda: str(program))
+        part, told = results.Part("sanitizer", MACHINE, tmp_path), []
+        args = (part, time.monotonic() + 100, told.append, ("tests/test_layers.py",), "circle or floor or test")
+        assert sanitizer.run(*args) == wrong
+        assert part.complete and [row["name"] for row in part.rows] == list(sanitizer.TOOLS), told
+        assert all(row["errors"] == found and row["tests_status"] == 0 for row in part.rows), part.rows
+
+
+class TestOnDevice:
+    def test_operators_by_way_of_a_device(self, cpu_library):
+        """With the CPU's operators as stand-ins: tensors out and in, in-place ones too, controls skipped."""
+        library = OnDevice(torch.ops.resnet_fused_cpu, "cpu")
+        x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        stats = library.channel_stats(x)
+        assert torch.equal(stats, torch.ops.resnet_fused_cpu.channel_stats(x))
+        mean, var = torch.zeros(3), torch.ones(3)
+        library.update_running_stats(mean, var, stats, 40, 1.0)
+        assert torch.allclose(mean, stats[0])
+        with pytest.raises(pytest.skip.Exception, match="set_schedule is a control of the emulator"):
+            library.set_schedule(0, False)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,7 @@
 """``python -m bench.gpu``, also ``make gpu``: on a machine with a GPU, from the root of a checkout.
 
-Three parts: correctness of every Triton kernel, kernels against their floor, training steps. Each writes
+Four parts: correctness of every GPU kernel, compute-sanitizer on the CUDA C++ ones, kernels against their
+floor, training steps. Each writes
 bench/results/gpu-<part>-<device>.json (and .csv) after every row; a part whose results are complete is left
 out, one that was cut short goes on, unless --force is given or the device, the versions or the commit differ.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that a part may take. Together with starting and compiling: below 8 minutes.
-BUDGETS = {"correctness": 120, "kernels": 160, "steps": 170}
+BUDGETS = {"correctness": 110, "sanitizer": 60, "kernels": 140, "steps": 150}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"bench.gpu: there is no GPU to measure on: {why}", file=sys.stderr)
         return 2
-    from . import cases, correctness, kernels, results, steps, timing
+    from . import cases, correctness, kernels, results, sanitizer, steps, timing
     from .nets import NETS
 
     unknown = [name for name in arguments.nets or () if name not in NETS]
@@ -128,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         deadline = time.monotonic() + (arguments.budget or BUDGETS[name])
         if name == "correctness":
             wrong += correctness.run(part, deadline)
+        elif name == "sanitizer":
+            wrong += sanitizer.run(part, deadline)
         elif name == "kernels":
             half = time.monotonic() + (deadline - time.monotonic()) / 2
             warm_in_processes([net.name for net in nets], half)

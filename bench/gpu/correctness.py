@@ -1,4 +1,5 @@
-"""Part "correctness": the Triton tests for real, in several processes, since most of it is compilation."""
+"""Part "correctness": the tests of the GPU kernels for real, in several processes, since most of it is
+compilation."""
 
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ from .results import Part
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/test_triton_kernels.py", "tests/test_triton_operators.py")
+#: On the device by ON_DEVICE, instead of on the emulator, where the CUDA library is loaded.
+CUDA_TESTS = ("tests/test_cuda_kernels.py",)
+ON_DEVICE = {"RESNET_FUSED_TEST_DEVICE": "cuda"}
 #: Processes at most: each has a CUDA context of its own.
 _PROCESSES = 12
 
@@ -39,16 +43,23 @@ def read_report(path: Path) -> tuple[int, int, list[dict]]:
     return passed, skipped, failures
 
 
-def run(part: Part, deadline: float, say: Callable[[str], None] = print, tests=TESTS) -> int:
+def all_tests() -> tuple[str, ...]:
+    from resnet_fused.primitives import dispatch
+
+    return TESTS if dispatch.unavailable("cuda") is not None else (*TESTS, *CUDA_TESTS)
+
+
+def run(part: Part, deadline: float, say: Callable[[str], None] = print, tests=None) -> int:
     """Run the tests; returns the number of failures. What a deadline cut off is run again next time."""
     count = shards()
+    tests = all_tests() if tests is None else tests
     with tempfile.TemporaryDirectory() as directory:
         reports = [Path(directory) / f"{i}.xml" for i in range(count)]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests,
                  f"--shard={i}/{count}", f"--junitxml={report}"],
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                cwd=ROOT, env={**os.environ, **ON_DEVICE}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
             for i, report in enumerate(reports)
         ]  # fmt: skip

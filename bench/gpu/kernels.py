@@ -6,19 +6,33 @@ import time
 from collections.abc import Callable, Sequence
 
 import resnet_fused as rf
-from resnet_fused.primitives import tuner
+from resnet_fused.primitives import dispatch, tuner
 
 from .cases import CONVOLUTIONS, Case, Prepared
 from .results import Part
 from .timing import Ceilings, Timer
 
 
-def measure(case: Case, device: str, timer: Timer, ceilings: Ceilings, tune: bool = False) -> dict:
-    """One row. Times in microseconds; ``share`` is floor / fused."""
+def backends(device: str) -> tuple[str, ...]:
+    """Whose kernels to measure, one after the other."""
+    if device != "cuda":
+        return ("auto",)
+    return tuple(name for name in ("triton", "cuda") if dispatch.unavailable(name) is None)
+
+
+def row_name(case: Case, backend: str) -> str:
+    return case.name if backend in ("auto", "triton") else f"{case.name} {backend}"
+
+
+def measure(
+    case: Case, device: str, timer: Timer, ceilings: Ceilings, tune: bool = False, backend: str = "auto"
+) -> dict:
+    """One row. Times in microseconds; ``share`` is floor / fused. ``declined``, and no times, where the backend
+    leaves the case to another."""
     prepared = Prepared(case, device)
     floor = ceilings.floor(case.bytes, case.flops)
     row = {
-        "name": case.name,
+        "name": row_name(case, backend),
         "primitive": case.primitive,
         "nets": " ".join(f"{net}:{count}" for net, count in case.nets.items()),
         "bytes": case.bytes,
@@ -26,8 +40,10 @@ def measure(case: Case, device: str, timer: Timer, ceilings: Ceilings, tune: boo
         "floor_us": round(1e6 * floor, 2),
         "tuned": tune,
     }
-    with rf.use_backend("triton" if device == "cuda" else "auto"):
+    with rf.use_backend(backend):
         row["backend"] = prepared.backend()
+        if backend == "cuda" and row["backend"] != "cuda":
+            return {**row, "declined": True}
         prepared.verify()
         if tune and row["backend"] == "triton":
             tuner.tune(case.primitive, *prepared.args)
@@ -61,17 +77,19 @@ def run(
         "copy_tb_per_s": round(ceilings.bandwidth / 1e12, 3),
         "bf16_tflop_per_s": round(ceilings.flops / 1e12, 1),
     }
-    for case in chosen:
-        if part.has(case.name):
+    wanted = [(case, backend) for case in chosen for backend in backends(device)]
+    for case, backend in wanted:
+        name = row_name(case, backend)
+        if part.has(name):
             continue
         if time.monotonic() > deadline:
-            say(f"kernels: out of time with {len(part.rows)} of {len(chosen)} rows; run it again to go on")
+            say(f"kernels: out of time with {len(part.rows)} of {len(wanted)} rows; run it again to go on")
             break
         try:
-            part.add(measure(case, device, timer, ceilings, tune))
+            part.add(measure(case, device, timer, ceilings, tune, backend))
         except (AssertionError, RuntimeError) as error:
-            part.add({"name": case.name, "primitive": case.primitive, "error": str(error).splitlines()[0]})
-            say(f"kernels: {part.rows[-1]['name']}: {part.rows[-1]['error']}")
+            part.add({"name": name, "primitive": case.primitive, "error": str(error).splitlines()[0]})
+            say(f"kernels: {name}: {part.rows[-1]['error']}")
     else:
         part.finish()
     say(summary(part))
@@ -79,14 +97,13 @@ def run(
 
 
 def summary(part: Part) -> str:
-    """One line per primitive: the median share of the floor, and where fused lost to unfused."""
+    """One line per primitive and backend: the median share of the floor, and where fused lost to unfused."""
     lines = []
-    for primitive in dict.fromkeys(row["primitive"] for row in part.rows):
-        rows = [row for row in part.rows if row["primitive"] == primitive and "error" not in row]
-        if not rows:
-            continue
+    measured = [row for row in part.rows if "share" in row]
+    for primitive, backend in dict.fromkeys((row["primitive"], row["backend"]) for row in measured):
+        rows = [row for row in measured if (row["primitive"], row["backend"]) == (primitive, backend)]
         shares = sorted(row["share"] for row in rows)
-        line = f"{primitive:26} {len(rows):3} rows, share of the floor: median {shares[len(shares) // 2]:.2f}"
+        line = f"{primitive:26} {backend:9} {len(rows):3} rows, share of the floor: median {shares[len(shares) // 2]:.2f}"
         if primitive in CONVOLUTIONS:
             slower = sum(row["fused_p50_us"] > row["unfused_p50_us"] for row in rows)
             line += f", slower than unfused in {slower}"
