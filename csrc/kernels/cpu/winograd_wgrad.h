@@ -11,11 +11,13 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
-// Whether there are tiles enough: every part of the work writes, reads and adds its 16 or 36 sums per weight, which large
-// weights do in memory, not in a cache.
+// Whether there are tiles enough: every part of the work writes, reads and adds its 16 or 36 sums per weight. Limits as
+// measured, and of the memory that at least 4 parts take.
 template <typename T> static bool winograd_wgrad_fits(const ConvGeometry& g) {
-  const int64_t tiles = g.n * divide_up(g.p, FilterOf<T>::kTile) * divide_up(g.q, FilterOf<T>::kTile);
-  return winograd_fits<T>(g) && tiles >= max64(64, min64(kPartTiles, g.c * g.k / 64));
+  typedef FilterOf<T> F;
+  const int64_t tiles = winograd_tiles<T>(g), weights = g.c * g.k;
+  return kHasWinograd<T> && winograd_takes(g) && g.c >= 8 && g.k >= 8 && tiles >= 64 &&
+         weights <= (F::kTile == 2 ? 300 : 100) * tiles && F::kPositions * weights * 16 <= int64_t(40) << 20;
 }
 
 // Half a vector of floats as doubles.
