@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..nn.units import has_hooks
 
@@ -49,9 +49,8 @@ def _own_parameters(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether module normalises, in a way that the fused operators know or not."""
     others = [kind for kind in map(_imported, _OTHER_NORMS) if kind is not None]
-    return isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, *others)) and not isinstance(
-        module, (nn.BatchNorm1d, nn.BatchNorm3d)
-    )
+    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm, *others)
+    return isinstance(module, kinds) and not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d))
 
 
 def norm_refusal(module: nn.Module) -> str | None:

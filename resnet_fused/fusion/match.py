@@ -18,16 +18,11 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from . import leaves
-from .trace import Trace
+from .trace import IN_PLACE, Trace
 
 __all__ = ["AddOp", "ConvOp", "Match", "Pair", "UnitOp", "match"]
 
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in dir(operator)
-    if name.startswith("i") and name[1:].strip("_") in
-    ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or", "xor", "matmul")
-} | {operator.setitem}  # fmt: skip
+_INPLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"__{name}__") for name in IN_PLACE)}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 #: Functions whose result shares no memory with their arguments.
 _FRESH = (operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.cat, F.conv2d, F.batch_norm)
@@ -213,9 +208,11 @@ class _Matcher:
         if node.op == "call_method":
             changes = node.target.endswith("_") and not node.target.endswith("__")
             return first if changes or node.target == "__setitem__" else None
+        if isinstance(node.kwargs.get("out"), Node):
+            return node.kwargs["out"]
         name = getattr(node.target, "__name__", "")
         flagged = any(a is True for a in node.args) or node.kwargs.get("inplace") is True
-        changes = node.target in _INPLACE_OPERATORS or flagged or name.endswith("_") or "out" in node.kwargs
+        changes = node.target in _INPLACE_OPERATORS or flagged or name.endswith("_")
         return first if changes else None
 
     # --- pairs ---
@@ -320,9 +317,17 @@ class _Matcher:
     def is_private(self, node: Node, user: Node) -> bool:
         """Whether the value is fresh memory that only ``user`` reads."""
         module = self.module(node)
-        fresh = isinstance(module, nn.Conv2d) or (module is not None and (
-            leaves.is_norm(module) or leaves.per_image_gate(module)))  # fmt: skip
-        return fresh and self.users(node) == [user]
+        gate = module is not None and leaves.per_image_gate(module)
+        return (gate or self.is_fresh(node)) and self.users(node) == [user]
+
+    def is_fresh(self, node: Node) -> bool:
+        """Whether the node's result shares no memory with its arguments."""
+        if self.passes(node) or self.mutates(node) is not None:
+            return False
+        module = self.module(node)
+        if module is not None:
+            return isinstance(module, (nn.Conv2d, nn.ReLU, nn.LeakyReLU)) or leaves.is_norm(module)
+        return node.op == "call_function" and node.target in _FRESH
 
     def unit_op(self, add: Node, u: Node, v: Node, of_conv: dict[Node, Pair]) -> UnitOp | None:
         for last, other in ((u, v), (v, u)):
@@ -399,13 +404,10 @@ class _Matcher:
 
         for node in self.nodes:
             group.setdefault(node, node)
-            module = self.module(node)
-            fresh = node.op == "call_function" and node.target in _FRESH
-            fresh = fresh or (module is not None and not self.passes(node) and (
-                isinstance(module, (nn.Conv2d, nn.ReLU, nn.LeakyReLU)) or leaves.is_norm(module)))  # fmt: skip
-            if fresh and self.mutates(node) is None:
+            if self.is_fresh(node):
                 continue
-            for value in node.all_input_nodes:
+            target = self.mutates(node)
+            for value in node.all_input_nodes if target is None else [target]:
                 group[root(value)] = root(node)
         changed = {
             root(target) for node in self.nodes

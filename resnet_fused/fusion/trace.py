@@ -6,6 +6,7 @@ the user's own modules are traced through. What Python decided on the way is gua
 
 from __future__ import annotations
 
+import operator
 import threading
 import types
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from ..nn.units import has_hooks
 from .guards import Attributes, Untraceable, random_state, refuse_side_effects
 from .leaves import is_norm
 
-__all__ = ["Trace", "default_signature", "plain_forward", "signature_of", "trace"]
+__all__ = ["IN_PLACE", "Trace", "default_signature", "plain_forward", "signature_of", "trace"]
 
 #: Asked of PyTorch by library code, without tensors; part of every signature where they matter.
 _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "has_torch_function")
@@ -86,7 +87,25 @@ def default_signature(module: nn.Module) -> tuple:
 # --- tracing ---
 
 
-class _TensorProxy(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """A proxy that knows ``x += y`` from ``x = x + y``, as fx's own does not: the former changes x."""
+
+
+def _in_place(name: str) -> Callable:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+IN_PLACE = tuple(
+    f"i{name}"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "matmul", "and", "or", "xor",
+                 "lshift", "rshift")
+)  # fmt: skip
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(f"__{_name}__"))
+
+
+class _TensorProxy(_Proxy):
     """A proxy of what is known to be a tensor: isinstance says so too."""
 
     _is_param = False
@@ -170,7 +189,7 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op in ("placeholder", "call_module", "get_attr"):
             return _TensorProxy(node, self)
-        return fx.Proxy(node, self)
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
