@@ -1,7 +1,7 @@
 """Fused BatchNorm -> ReLU -> convolution and residual addition for pre-activation ResNets in PyTorch."""
 
 from . import functional, models, nn
-from .fusion import UnitParts, fuse, register_unit, unfuse
+from .fusion import UnitParts, explain, fuse, register_unit, unfuse, verify
 from .nn import reference
 from .primitives.dispatch import record_dispatch, use_backend
 from .version import __version__
@@ -9,6 +9,7 @@ from .version import __version__
 __all__ = [
     "UnitParts",
     "__version__",
+    "explain",
     "functional",
     "fuse",
     "models",
@@ -18,4 +19,5 @@ __all__ = [
     "register_unit",
     "unfuse",
     "use_backend",
+    "verify",
 ]

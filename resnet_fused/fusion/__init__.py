@@ -1,6 +1,8 @@
-"""Fused units in models that others have written: :func:`fuse`, :func:`unfuse`, :func:`register_unit`."""
+"""Fused units in models that others have written: ``fuse``, ``unfuse``, ``explain``, ``verify``."""
 
 from .adapters import UnitParts, register_unit
+from .explain import Explanation, explain
 from .fuse import fuse, unfuse
+from .verify import Verification, verify
 
-__all__ = ["UnitParts", "fuse", "register_unit", "unfuse"]
+__all__ = ["Explanation", "UnitParts", "Verification", "explain", "fuse", "register_unit", "unfuse", "verify"]

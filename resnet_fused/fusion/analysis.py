@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from ..nn.units import has_hooks
+from ..nn.units import StatsModule, has_hooks
 from . import leaves
 from .adapters import AdapterPlan, adapter_of
 from .guards import Untraceable
@@ -76,6 +76,12 @@ class Analysis:
         return len(fused), len(fused | left)
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is a fused one of this package, a unit or a net."""
+    net = type(module).__module__.startswith("resnet_fused.models") and getattr(module, "fused", False)
+    return isinstance(module, StatsModule) or net
+
+
 def _owner(nodes: list[Node]) -> str:
     """The innermost module that all nodes were called in; "" is the traced one."""
     stacks = []
@@ -113,6 +119,9 @@ class _Analyst:
         if module in self.seen:
             return
         self.seen.add(module)
+        if is_ours(module):
+            self.skip(module)
+            return
         for child in module.children():
             self.visit(child)
         if self.is_layer(module):
@@ -127,6 +136,13 @@ class _Analyst:
             self.adapt(module, plan)
             return
         self.judge(module, plan)
+
+    def skip(self, module: nn.Module) -> None:
+        self.sealed.add(module)
+        for part in module.modules():
+            if leaves.is_norm(part):
+                reason = f"{type(module).__name__} of resnet_fused is fused as it is"
+                self.result.norms[part] = NormStatus(self.result.names[part], "idle", reason)
 
     def is_layer(self, module: nn.Module) -> bool:
         if isinstance(module, (nn.Conv2d, torch.jit.ScriptModule, nn.ModuleList)) or leaves.is_norm(module):
