@@ -33,6 +33,10 @@ _OTHER_NORMS = (
 )
 
 
+#: timm's modules of norms that activate their result themselves, in a way of their own.
+_OTHER_NORM_ACTS = ("timm.layers.evo_norm", "timm.layers.filter_response_norm", "timm.layers.inplace_abn")
+
+
 def _imported(where: tuple[str, str]) -> type | None:
     return getattr(sys.modules.get(where[0]), where[1], None)
 
@@ -49,6 +53,8 @@ def _own_parameters(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether module normalises, in a way that the fused operators know or not."""
     others = [kind for kind in map(_imported, _OTHER_NORMS) if kind is not None]
+    if type(module).__module__ in _OTHER_NORM_ACTS:
+        return True
     kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm, *others)
     return isinstance(module, kinds) and not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d))
 
@@ -82,6 +88,8 @@ def norm_refusal(module: nn.Module) -> str | None:
 
 def norm_slope(module: nn.Module) -> float | None:
     """The slope of the activation that a norm applies itself; None: it applies none."""
+    if type(module).__module__ in _OTHER_NORM_ACTS:
+        return 0.0  # such a norm is refused in any case
     act = getattr(module, "act", None)
     if isinstance(act, nn.Module) and type(module).__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d",
                                                                 "SyncBatchNormAct", "GroupNormAct"):  # fmt: skip
