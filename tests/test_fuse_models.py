@@ -103,6 +103,12 @@ def test_torchvision_in_float64(name, options, convs):
         assert [r.primitive for r in log].count("residual_add") == (8 if name == "resnet18" else 16)
 
 
+def test_units_inside_a_sequential_that_is_a_unit_itself_stay_units():
+    """The deep stem's norms and convolutions are children of the Sequential that holds the dense blocks."""
+    found = rf.explain(timm_model("densenetblur121d"))
+    assert found.units_fused == found.units_found == 62 and found.convs_fused == 121
+
+
 def test_eps_and_momentum_changed_after_fusing():
     def change(model):
         for module in model.modules():
@@ -112,13 +118,15 @@ def test_eps_and_momentum_changed_after_fusing():
     same_in_float64(timm_model("resnetv2_18"), change)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_verify_resnetv2(training, memory_format):
-    model = timm_model("resnetv2_18").train(training).to(memory_format=memory_format)
+@pytest.mark.parametrize("training, memory_format, name", [
+    (True, torch.contiguous_format, "resnetv2_18"), (True, torch.channels_last, "resnetv2_18d"),
+    (False, torch.channels_last, "resnetv2_18"),
+])  # fmt: skip
+def test_verify_resnetv2(training, memory_format, name):
+    model = timm_model(name).train(training).to(memory_format=memory_format)
     found = rf.verify(model, images().contiguous(memory_format=memory_format))
     assert found, str(found)
-    assert found.units == 8
+    assert found.units == (9 if name.endswith("d") else 8)
 
 
 def test_training_under_autocast():

@@ -42,8 +42,13 @@ class _Row:
 
     def markdown(self) -> str:
         e, size = self.explanation, self.size
-        cells = [self.model, f"{size}", f"{e.units_fused} / {e.units_found}",
-                 f"{e.convs_fused} / {e.convs_found}", f"{self.ratios[0]:.2f} / {self.ratios[1]:.2f}"]  # fmt: skip
+        cells = [
+            self.model,
+            f"{size}",
+            f"{e.units_fused} / {e.units_found}",
+            f"{e.convs_fused} / {e.convs_found}",
+            f"{self.ratios[0]:.2f} / {self.ratios[1]:.2f}",
+        ]
         if self.timings is not None:
             nchw, last, fused = (self.timings[k].p50 * 1e3 for k in _CONTENDERS)
             speed_up = min(nchw, last) / fused
@@ -93,8 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     machine = environment()
     header = (*_HEADER, *(_TIMES if arguments.timing else ()))
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['simd']}, "
-          f"PyTorch {machine['torch']}, {machine['date']}; float32, batch {arguments.batch_size}\n")  # fmt: skip
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['simd']}, "
+        f"PyTorch {machine['torch']}, {machine['date']}; float32, batch {arguments.batch_size}\n"
+    )
     print(f"| {' | '.join(header)} |\n|---|{'---:|' * (len(header) - 1)}", flush=True)
     for name in arguments.models:
         row, failed = _measure(name, arguments)

@@ -41,11 +41,13 @@ def build(name: str) -> nn.Module:
         try:
             model = create_model(name, fused=False)
         except ValueError as error:
-            raise UserError(f"{error} Nets of other packages are written timm:NAME and torchvision:NAME") from None
+            others = "Nets of other packages are written timm:NAME and torchvision:NAME"
+            raise UserError(f"{error} {others}") from None
     elif package == "timm":
         timm = require("timm", "timm", f"the net {name}")
         if not timm.is_model(inner):
-            raise UserError(f"timm {timm.__version__} has no model {inner!r}{_close(inner, timm.list_models())}")
+            close = _close(inner, timm.list_models())
+            raise UserError(f"timm {timm.__version__} has no model {inner!r}{close}")
         model = timm.create_model(inner)
     else:
         models = require("torchvision", "torchvision", f"the net {name}").models

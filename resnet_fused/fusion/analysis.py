@@ -82,14 +82,16 @@ def is_ours(module: nn.Module) -> bool:
     return isinstance(module, StatsModule) or net
 
 
+def _stack(node: Node) -> list[str]:
+    """The modules that a node was called in, from the outside in; the traced one is not among them."""
+    stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return [name for name in stack if node.op != "call_module" or name != node.target]
+
+
 def _owner(nodes: list[Node]) -> str:
     """The innermost module that all nodes were called in; "" is the traced one."""
-    stacks = []
-    for node in nodes:
-        stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-        stacks.append([name for name in stack if node.op != "call_module" or name != node.target])
     common = ""
-    for level in zip(*stacks, strict=False):
+    for level in zip(*map(_stack, nodes), strict=False):
         if len(set(level)) > 1:
             break
         common = level[0]
@@ -156,14 +158,25 @@ class _Analyst:
         return kind.__module__.startswith(("torch.nn", "torch.ao")) and kind is not nn.Sequential
 
     def judge(self, module: nn.Module, plan: Plan) -> None:
-        found, result = plan.found, self.result
-        patterns = [plan.nodes_of(op) for op in found.ops.values()]
-        crossing = any(_owner(nodes) == "" for nodes in patterns)
-        self.note_norms(plan)
-        if any(_owner([add]) == "" for add in found.additions):
+        result = self.result
+        patterns = [plan.nodes_of(op) for op in plan.found.ops.values()]
+        crossing = [nodes for nodes in patterns if _owner(nodes) == ""]
+        if any(_owner([add]) == "" for add in plan.found.additions):
             self.sealed.add(module)
         if not crossing:
+            self.note_norms(plan)
             return
+        # Units inside that have no part in any of these patterns stay units.
+        involved = {name for nodes in crossing for node in nodes for name in _stack(node)}
+        apart = {
+            part
+            for name, part in plan.traced.absorbed.items()
+            if part in result.units and name not in involved
+        } - {module}
+        if apart:
+            plan = make_plan(module, default_signature(module), self.sealed | apart)
+        found = plan.found
+        self.note_norms(plan)
         name = result.names[module]
         if self.filter_fn is not None and not self.filter_fn(name, module):
             self.sealed.add(module)
@@ -186,10 +199,13 @@ class _Analyst:
     def note_norms(self, plan: Plan) -> None:
         names, found = self.result.names, plan.found
         convs: dict[Node, list[str]] = {}
+        added: set[Node] = set()
         for op in found.ops.values():
-            if isinstance(op, ConvOp):
+            if isinstance(op, AddOp):
+                added |= {op.x, op.y}
+            elif isinstance(op, ConvOp):
                 convs.setdefault(op.pair.norm, []).append(names[plan.module(op.conv)])
-            elif not isinstance(op, AddOp):
+            else:
                 for pair in op.pairs:
                     convs[pair.norm] = [names[plan.module(conv)] for conv in pair.convs]
         for node in plan.traced.graph.nodes:
@@ -201,6 +217,8 @@ class _Analyst:
                 status = NormStatus(name, "fused", "", convs[node])
             elif node in found.refused:
                 status = NormStatus(name, "refused", found.refused[node])
+            elif node in added:
+                status = NormStatus(name, "idle", "goes to the fused addition")
             else:
                 status = NormStatus(name, "idle", found.idle.get(node, "not part of a pattern"))
             before = self.result.norms.get(norm)
@@ -244,7 +262,8 @@ class _Analyst:
                 status = NormStatus(result.names[module], *self.unseen(result.names[module]))
             ordered[module] = status
         result.norms = ordered
-        fused_convs = {name for status in ordered.values() if status.state == "fused" for name in status.convs}
+        fused = [status for status in ordered.values() if status.state == "fused"]
+        fused_convs = {name for status in fused for name in status.convs}
         result.operators = {
             conv: kind for conv, kind in result.operators.items() if result.names[conv] in fused_convs
         }

@@ -33,6 +33,7 @@ _OTHER_NORMS = (
 )
 
 
+_NORMS_WITH_ACT = ("BatchNormAct2d", "FrozenBatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
 #: timm's modules of norms that activate their result themselves, in a way of their own.
 _OTHER_NORM_ACTS = ("timm.layers.evo_norm", "timm.layers.filter_response_norm", "timm.layers.inplace_abn")
 
@@ -91,8 +92,7 @@ def norm_slope(module: nn.Module) -> float | None:
     if type(module).__module__ in _OTHER_NORM_ACTS:
         return 0.0  # such a norm is refused in any case
     act = getattr(module, "act", None)
-    if isinstance(act, nn.Module) and type(module).__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d",
-                                                                "SyncBatchNormAct", "GroupNormAct"):  # fmt: skip
+    if isinstance(act, nn.Module) and type(module).__name__ in _NORMS_WITH_ACT:
         return activation_slope(act)
     return None
 
@@ -151,23 +151,15 @@ def per_image_gate(module: nn.Module) -> bool:
 
 def leaf_state(module: nn.Module) -> tuple:
     """What a plan assumes about a layer: if this changes, the plan has to be made anew."""
-    kind = type(module)
-    hooked = has_hooks(module)
-    replaced = "forward" in module.__dict__
+    # Called for every layer at every call: no lookups that nn.Module.__getattr__ would have to answer.
+    kind, values = type(module), module.__dict__
+    hooked, replaced = has_hooks(module), "forward" in values
     if isinstance(module, nn.Conv2d):
         own = _own_parameters(module)
-        return (kind, hooked, replaced, own, module.padding_mode, module.padding, module.dilation,
-                module.groups)  # fmt: skip
+        return (kind, hooked, replaced, own, values["padding_mode"], values["padding"], values["dilation"],
+                values["groups"])  # fmt: skip
     if isinstance(module, _BatchNorm):
-        inner = (leaf_state(module.drop), leaf_state(module.act)) if hasattr(module, "act") else ()
+        inner = [leaf_state(child) for child in module._modules.values()]
         return (kind, hooked, replaced, _own_parameters(module), inner)
-    return (
-        kind,
-        hooked,
-        replaced,
-        module.training,
-        getattr(module, "inplace", None),
-        getattr(module, "negative_slope", None),
-        getattr(module, "p", None),
-        getattr(module, "drop_prob", None),
-    )
+    return (kind, hooked, replaced, values["training"], values.get("inplace"), values.get("negative_slope"),
+            values.get("p"), values.get("drop_prob"))  # fmt: skip

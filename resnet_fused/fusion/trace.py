@@ -68,8 +68,12 @@ def _rebuild(description: Any, leaf: Callable[[bool], Any]) -> Any:
 def signature_of(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor]]:
     """A hashable description of a call, and the tensors in it, in order."""
     tensors: list[Tensor] = []
-    described = (_describe(args, tensors), _describe(kwargs, tensors), torch.is_grad_enabled())
-    return described, tensors
+    return (_describe(args, tensors), _describe(kwargs, tensors), _modes()), tensors
+
+
+def _modes() -> tuple[bool, ...]:
+    """What a forward can ask PyTorch about its surroundings."""
+    return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch.is_inference_mode_enabled()
 
 
 def default_signature(module: nn.Module) -> tuple:
@@ -81,7 +85,7 @@ def default_signature(module: nn.Module) -> tuple:
     if code is None:
         raise Untraceable("its forward is not a Python function")
     required = code.co_argcount - 1 - len(forward.__defaults__ or ())
-    return ("tuple", *((("tensor", True),) * max(required, 1))), ("dict",), True
+    return ("tuple", *((("tensor", True),) * max(required, 1))), ("dict",), _modes()
 
 
 # --- tracing ---

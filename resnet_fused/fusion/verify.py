@@ -109,8 +109,10 @@ class Verification:
 
     def __str__(self) -> str:
         mode = "train" if self.training else "eval"
-        lines = [f"{'verified' if self.ok else 'WRONG'}: {self.units} fused units, {mode} mode",
-                 f"  {'':20} {'fused':>8} {'plain':>8} {'doubt':>8} {'allowed':>8} {'float64':>8}  ratio"]  # fmt: skip
+        lines = [
+            f"{'verified' if self.ok else 'WRONG'}: {self.units} fused units, {mode} mode",
+            f"  {'':20} {'fused':>8} {'plain':>8} {'doubt':>8} {'allowed':>8} {'float64':>8}  ratio",
+        ]
         for kind in self.kinds:
             lines.append(
                 f"  {kind.name:20} {kind.error:8.1e} {kind.plain:8.1e} {kind.doubt:8.1e} {kind.allowed:8.1e}"
@@ -145,7 +147,9 @@ def verify(model: nn.Module, x: Tensor | tuple[Any, ...], *, seed: int = 0) -> V
     args = x if isinstance(x, tuple) else (x,)
     with torch.random.fork_rng(devices=_devices(args)):
         plain = _copy(model)
-        fused = _copy(model) if any(map(is_fused, model.modules())) else fuse(_copy(model), memory_format=None)
+        fused = _copy(model)
+        if not any(map(is_fused, fused.modules())):
+            fuse(fused, memory_format=None)
         unfuse_classes(plain)
         kinds = _compare(fused, plain, args, seed)
         result = Verification(model.training, sum(map(is_fused, fused.modules())), kinds)
