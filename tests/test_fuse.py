@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import fuse_cases as cases
 import pytest
@@ -577,3 +578,82 @@ def test_register_unit():
         del adapters._adapters[Opaque]
     with pytest.raises(TypeError, match="unit should be a subclass of torch.nn.Module"):
         rf.register_unit(3)
+
+
+# --- arguments that are not one tensor ---
+
+
+class Joined(nn.Module):
+    """Takes a list of tensors, of any number, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, parts, scale: float = 1.0, *, skip=None):
+        y = self.conv(F.relu(self.bn(torch.cat(parts, 1)))) * scale
+        return {"y": y if skip is None else y + skip, "parts": len(parts)}
+
+
+def test_lists_keywords_and_dicts():
+    fused, plain = cases.pair_of(Joined())
+    rf.fuse(fused, strict=True, memory_format=None)
+    x, skip = batch(), batch(4)
+    for args, options in (
+        (([x[:, :2], x[:, 2:]],), {}),
+        (([x[:, :1], x[:, 1:3], x[:, 3:]], 2.0), {"skip": skip}),
+        ((), {"parts": (x,), "scale": 3.0}),
+    ):
+        with rf.record_dispatch() as log:
+            result = fused(*args, **options)
+        assert "preact_conv_forward" in [record.primitive for record in log]
+        expected = plain(*args, **options)
+        torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(fused.bn.running_var, plain.bn.running_var)
+
+
+LIMIT = 10.0
+SEEN = []
+
+
+class ReadsGlobals(cases.CifarBlock):
+    def forward(self, x):
+        return super().forward(x) * LIMIT
+
+
+class WritesGlobals(cases.CifarBlock):
+    def forward(self, x):
+        SEEN.append(1)
+        return super().forward(x)
+
+
+def test_globals_of_the_users_module(monkeypatch):
+    fused, plain = cases.pair_of(nn.Sequential(ReadsGlobals(6, 6)))
+    cases.assert_same(fused, plain, batch())
+    monkeypatch.setitem(globals(), "LIMIT", 3.0)
+    cases.assert_same(fused, plain, batch())
+    assert convolutions(fused, batch()) == 2
+    fused = rf.fuse(nn.Sequential(WritesGlobals(6, 6)))
+    SEEN.clear()
+    assert convolutions(fused, batch(dtype=torch.float32)) == 0 and SEEN == [1]
+
+
+def test_other_threads_run_while_a_unit_is_traced():
+    """torch.fx patches nn.Module for the whole process; modules of other threads must not notice."""
+    net = cases.net(cases.CifarBlock).eval()
+    x = batch(dtype=torch.float32)
+    with torch.no_grad():
+        expected, wrong, stop = net(x), [], threading.Event()
+
+        def run():
+            with torch.no_grad():
+                while not stop.is_set():
+                    wrong.append(not torch.equal(net(x), expected))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        for _ in range(20):
+            rf.fuse(cases.net(cases.WideBlock))(x)
+        stop.set()
+        thread.join()
+    assert wrong and not any(wrong)

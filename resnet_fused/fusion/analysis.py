@@ -129,7 +129,7 @@ class _Analyst:
         if self.is_layer(module):
             return
         try:
-            plan = make_plan(module, default_signature(module), self.sealed)
+            plan = self.plan(module, self.sealed)
         except Untraceable as error:
             self.sealed.add(module)
             self.result.untraced[module] = str(error)
@@ -138,6 +138,17 @@ class _Analyst:
             self.adapt(module, plan)
             return
         self.judge(module, plan)
+
+    def plan(self, module: nn.Module, leaves: set[nn.Module]) -> Plan | AdapterPlan:
+        """A plan for the call that a module most likely gets: with a tensor, or else a list of them."""
+        try:
+            return make_plan(module, default_signature(module), leaves)
+        except Untraceable:
+            try:
+                return make_plan(module, default_signature(module, several=True), leaves)
+            except Untraceable:
+                pass
+            raise
 
     def skip(self, module: nn.Module) -> None:
         self.sealed.add(module)
@@ -174,7 +185,7 @@ class _Analyst:
             if part in result.units and name not in involved
         } - {module}
         if apart:
-            plan = make_plan(module, default_signature(module), self.sealed | apart)
+            plan = self.plan(module, self.sealed | apart)
         found = plan.found
         self.note_norms(plan)
         name = result.names[module]

@@ -76,8 +76,12 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch.is_inference_mode_enabled()
 
 
-def default_signature(module: nn.Module) -> tuple:
-    """The call that is assumed until there is one: a tensor for every argument without a default."""
+def default_signature(module: nn.Module, several: bool = False) -> tuple:
+    """The call that is assumed until there is one: a tensor for every argument without a default.
+
+    Args:
+        several: the first argument is a list of two tensors instead.
+    """
     forward = plain_forward(module)
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
@@ -85,7 +89,10 @@ def default_signature(module: nn.Module) -> tuple:
     if code is None:
         raise Untraceable("its forward is not a Python function")
     required = code.co_argcount - 1 - len(forward.__defaults__ or ())
-    return ("tuple", *((("tensor", True),) * max(required, 1))), ("dict",), _modes()
+    tensors = [("tensor", True)] * max(required, 1)
+    if several:
+        tensors[0] = ("list", ("tensor", True), ("tensor", True))
+    return ("tuple", *tensors), ("dict",), _modes()
 
 
 # --- tracing ---
