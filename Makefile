@@ -3,6 +3,7 @@
 # make bench   install into .venv, then time every primitive and unit
 # make gpu     on a machine with a GPU, in whose Python torch, triton, numpy and pytest are: tests and measures there
 # make build   what the three above do first
+# make models  install timm and torchvision too, whose nets some tests fuse; torch stays the version that it is
 # make clean   remove what was built; make distclean removes .venv too
 # PYTHON, VENV and TORCH choose others, for example: make test VENV=/tmp/venv TORCH="torch==2.13.0"
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 .SHELLFLAGS := -ec
 
-.PHONY: demo test bench gpu build clean distclean
+.PHONY: demo test bench gpu build models clean distclean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -28,6 +29,9 @@ test: build
 
 bench: build
 	@$(BIN)/python -m pytest bench $(PYTEST)
+
+models: build
+	@$(PIP) install timm torchvision "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
 
 # Runs in the checkout and builds nothing: the Triton kernels need no compiler. GPU="steps --force" are its arguments.
 gpu:

@@ -12,6 +12,7 @@ __all__ = ["main"]
 #: benchmark -> module with ``main(argv)``, what it measures
 BENCHMARKS = {
     "step": ("resnet_fused.analysis.bench_step", "a training step: eager, fused, and the bare convolutions"),
+    "fuse": ("resnet_fused.analysis.bench_fuse", "nets of timm and torchvision, as they are and fused"),
 }
 
 _USAGE = "\n".join(["usage: resnet-fused bench BENCHMARK [OPTION ...]", "",

@@ -1,0 +1,93 @@
+"""``fuse`` and ``unfuse``: a user's model, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .analysis import analyze
+from .unit import convert, is_fused, restore, state_of
+
+__all__ = ["fuse", "unfuse"]
+
+_STRIDES = "_resnet_fused_strides"
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    memory_format: torch.memory_format | None = torch.channels_last,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Let the pre-activation units of a model run fused, in place.
+
+    BatchNorm -> (Leaky)ReLU -> Conv2d is found in the dataflow of the modules' own ``forward``, whatever the
+    attributes are called, and so are residual additions and projections of the pre-activation. Modules,
+    parameters, buffers, names, hooks, training flags and references of an optimizer stay what they are; a
+    unit's class becomes a subclass of itself. What cannot be shown to be equal is left alone
+    (:func:`explain` says why). A unit reads its parameters and settings when it is called; where its layers
+    have been changed (hooks, other classes, other attributes) it is looked at anew. Under torch.compile,
+    torch.export, torch.jit.trace, torch.func and forward-mode AD the original forward runs.
+
+    Args:
+        model: any module.
+        memory_format: format that 4-D parameters are brought to; channels_last is the fast one. None leaves
+            them.
+        filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit alone.
+        strict: raise if a norm, an activation and a convolution that follow one another are left alone.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is not a module.
+        RuntimeError: with ``strict``; the message has every reason, and the model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, but got {type(model).__name__}")
+    found = analyze(model, filter_fn)
+    refused = [norm for norm in found.refused() if norm.reason != "excluded by filter_fn"]
+    if strict and refused:
+        lines = [f"  {norm.name}: {norm.reason}" for norm in refused]
+        raise RuntimeError("\n".join([f"fuse(strict=True): {len(refused)} norms were left alone", *lines]))
+    for module in model.modules():
+        if is_fused(module) and module not in found.units:
+            restore(module)
+    for module in found.units:
+        convert(module)
+        state_of(module).hand_on = module in found.hand_on
+    if memory_format is not None:
+        strides = model.__dict__.setdefault(_STRIDES, {})
+        before = {name: value.stride() for name, value in _tensors(model) if value.dim() == 4}
+        model.to(memory_format=memory_format)
+        for name, value in _tensors(model):
+            if name in before and value.stride() != before[name]:
+                strides.setdefault(name, before[name])
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse`: the original classes, and the memory format that the parameters had.
+
+    Returns:
+        model, in place; its ``state_dict`` is that of a model that has never been fused, byte for byte.
+    """
+    for module in model.modules():
+        if is_fused(module):
+            restore(module)
+        strides = module.__dict__.pop(_STRIDES, {})
+        for name, value in _tensors(module):
+            if name in strides and value.stride() != strides[name]:
+                data = torch.empty_strided(
+                    value.shape, strides[name], dtype=value.dtype, device=value.device
+                )
+                value.data = data.copy_(value.detach())
+    return model
+
+
+def _tensors(model: nn.Module):
+    yield from model.named_parameters()
+    yield from model.named_buffers()
