@@ -4,10 +4,13 @@ import csv
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from resnet_fused.training import run as runs
 from resnet_fused.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from resnet_fused.training.datasets import ImageDataset
 from resnet_fused.training.errors import UserError
+from resnet_fused.training.interrupt import interrupt_later
 from resnet_fused.training.loop import evaluate, train_step
 from resnet_fused.training.memory import peak_allocated_bytes, saved_activation_bytes
 from resnet_fused.training.schedules import make_schedule
@@ -429,3 +433,45 @@ def test_tiny_net_learns(tmp_path, fused):
         run.history[-1]["test_accuracy"] == 1.0
         and run.history[-1]["train_loss"] < 0.2 * run.history[0]["train_loss"]
     )
+
+
+class TestInterruptLater:
+    @pytest.fixture(autouse=True)
+    def pythons_own_handler(self):
+        """Which a test run in the background of a shell does not start with."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    def test_waits_for_the_end(self):
+        done = []
+        with pytest.raises(KeyboardInterrupt):
+            with interrupt_later():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)  # the handler has run by now
+                done.append("inside")
+            done.append("not reached")
+        assert done == ["inside"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_nothing_to_wait_for(self):
+        with interrupt_later():
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_an_error_inside_comes_out(self):
+        with pytest.raises(OSError, match="disk full"), interrupt_later():
+            raise OSError("disk full")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_in_another_thread(self):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: interrupt_later().__enter__()).result() is None
+
+    def test_ignored_stays_ignored(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with interrupt_later():
+                os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -19,6 +19,7 @@ from .batches import Normalization, augmented_batches, epoch_generator, plain_ba
 from .checkpoint import load_checkpoint, save_checkpoint, second_name, write_atomically
 from .datasets import ImageDataset, load_dataset
 from .errors import UserError
+from .interrupt import interrupt_later
 from .loop import Result, evaluate, train_epoch
 from .options import TrainOptions, default_output, use_device
 from .progress import epoch_bar
@@ -276,13 +277,14 @@ def _one_epoch(run: Run, output: str) -> None:
     run.best_accuracy = max(run.best_accuracy, tested.accuracy)
     run.epoch = number
     previous = os.path.join(output, PREVIOUS)
-    save_checkpoint(path, run.state(), keep_previous_as=previous if number > 1 else None)
-    run.saved_epoch = number
-    if number == 1 and os.path.exists(previous):  # of a run that --overwrite replaces
-        os.unlink(previous)
-    if best:
-        second_name(path, os.path.join(output, BEST))
-    write_atomically(os.path.join(output, LOG), _csv(run.history))
+    with interrupt_later():  # what is said of the checkpoint then is true of the files
+        save_checkpoint(path, run.state(), keep_previous_as=previous if number > 1 else None)
+        run.saved_epoch = number
+        if number == 1 and os.path.exists(previous):  # of a run that --overwrite replaces
+            os.unlink(previous)
+        if best:
+            second_name(path, os.path.join(output, BEST))
+        write_atomically(os.path.join(output, LOG), _csv(run.history))
 
 
 def _csv(history: list[dict[str, float]]) -> bytes:
