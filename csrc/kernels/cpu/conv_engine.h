@@ -129,8 +129,8 @@ struct NotLargest {
 struct Largest {
   vfloat lanes = {};
   RF_INLINE_METHOD void see(vfloat v) {
-    const vfloat magnitude = (vfloat)((vuint32)v & 0x7fffffffu);
-    lanes = magnitude > lanes ? magnitude : lanes;
+    const vfloat size = magnitude(v);
+    lanes = size > lanes ? size : lanes;
   }
   float value() const {
     float largest = 0;

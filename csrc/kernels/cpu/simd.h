@@ -157,6 +157,8 @@ RF_INLINE vfloat store_product(bf16* p, vfloat v) {
   return v;
 #endif
 }
+RF_INLINE vfloat magnitude(vfloat v) { return (vfloat)((vuint32)v & 0x7fffffffu); }
+
 // The activation as it is multiplied. At the bf16 level by the CPU's own conversion, as in a product of pairs.
 template <typename T> RF_INLINE Vec<Acc<T>> rounded_activation(Vec<Acc<T>> v) {
 #if RF_LEVEL >= 3

@@ -130,8 +130,6 @@ template <typename T> static bool winograd_fits(const ConvGeometry& g) {
          (TILE == 2 ? weights <= 3072 * tiles : weights <= min64(320 * 320, 512 * tiles));
 }
 
-RF_INLINE vfloat magnitude(vfloat v) { return (vfloat)((vuint32)v & 0x7fffffffu); }
-
 // A sum is at most bound = (largest input) * (sum of the weights' magnitudes). Its grid is 2^-19 of the power of two below
 // that: adding and subtracting 24 times this power rounds to it.
 struct Grid {
@@ -329,8 +327,8 @@ template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
 }
 
 // The outputs [images][out_rows][out_cols] of a task, image i from pixel first_pixel + i * image_pixels. `bands`: one band
-// per image, each with two more rows and columns than its tiles; largest: magnitude in them. Returns whether all sums were finite; if not, the outputs
-// are to be computed again.
+// per image, each with two more rows and columns than its tiles; largest: magnitude in them. Returns whether all sums were
+// finite; if not, the outputs are to be computed again.
 template <typename F, typename E>
 static bool winograd_bands(const float* bands, float largest, const BandLayout& b, int64_t images, const float* packed,
                            const float* norms, const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
