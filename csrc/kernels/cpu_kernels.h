@@ -26,6 +26,7 @@ enum ScratchSlot {
   kScratchPartial,
   kScratchWinograd,
   kScratchFlags,
+  kScratchSums,
   kScratchSlots
 };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
@@ -133,6 +134,8 @@ struct CpuKernels {
   void (*preact_conv_forward[kDTypes])(const PreactConvForwardParams&);
   void (*preact_conv_dgrad[kDTypes])(const PreactConvDgradParams&);
   void (*preact_conv_wgrad[kDTypes])(const PreactConvWgradParams&);
+  // 1x1, stride 1, no padding; the parameters of the two must agree.
+  void (*preact_conv_backward_1x1[kDTypes])(const PreactConvDgradParams&, const PreactConvWgradParams&);
 };
 
 constexpr int kLevels = 4;  // generic, avx2, avx512, avx512_bf16

@@ -164,6 +164,12 @@ def _cpu_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | N
         return f"the cpu kernels do not take {dtype}"
     if geometry is not None and geometry.groups != 1:
         return f"the cpu kernels do not take groups={geometry.groups}"
+    if primitive == "preact_conv_backward_1x1" and (geometry.stride, geometry.padding, geometry.weight[2:]) != (
+        (1, 1),
+        (0, 0),
+        (1, 1),
+    ):
+        return "the cpu kernel takes 1x1 convolutions with stride 1 and padding 0"
     return None
 
 

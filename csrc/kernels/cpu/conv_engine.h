@@ -1,5 +1,5 @@
 // What the three convolution kernels share: a padded, channel-blocked copy of a band of input rows in thread-local
-// scratch (normalised and activated on the way), packed weights, and the register tile that multiplies them.
+// scratch (normalised and activated on the way), and the register tile that multiplies it by packed weights.
 //
 // Scratch layout: [channel block][row][column slot][one vector]. The distance between neighbouring columns is one
 // vector, a compile-time constant, so that every operand address of the register tile is base + displacement.
@@ -199,69 +199,6 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
   return note;
 }
 
-// ---------------------------------------------------------------------------------------------------------- weights
-
-// A block of output channels is one or two vectors wide.
-template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
-
-struct PackLayout {
-  int64_t in_channels, out_channels;
-  int64_t in_units;   // channel units, padded only to whole units
-  int64_t taps;
-  int64_t out_blocks;
-};
-template <typename M> static PackLayout make_pack(int64_t in_channels, int64_t out_channels, int64_t taps) {
-  return PackLayout{in_channels, out_channels, divide_up(in_channels, M::kUnitChannels), taps,
-                    divide_up(out_channels, kOutBlock<typename M::A>)};
-}
-// Vectors per unit of an output block: the last block may be narrow.
-template <typename M> RF_INLINE int pack_vectors(const PackLayout& pack, int64_t out_block) {
-  typedef typename M::A A;
-  return pack.out_channels - out_block * kOutBlock<A> > kLanes<A> ? 2 : 1;
-}
-template <typename M> static int64_t pack_units(const PackLayout& pack) {
-  return pack.out_blocks * pack.taps * pack.in_units * kOutBlock<typename M::A>;
-}
-template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack, int64_t out_block) {
-  return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
-}
-
-// One value of the weight as it is used: rounded to the activation dtype.
-template <typename T> RF_INLINE Acc<T> weight_value(const void* weight, const WeightLayout& layout, int64_t offset) {
-  if (layout.is_acc) return rounded1<T>(static_cast<const Acc<T>*>(weight)[offset]);
-  return load1(static_cast<const T*>(weight) + offset);
-}
-
-// Packs [tap][in unit][out lane] of one output block. taps_r/taps_s: the kernel position of every tap.
-template <typename M, typename T>
-static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t out_block, const void* weight,
-                       const WeightLayout& layout, int64_t in_stride, int64_t out_stride, const int32_t* taps_r,
-                       const int32_t* taps_s) {
-  typedef typename M::A A;
-  const int64_t width = pack_vectors<M>(pack, out_block) * kLanes<A>;
-  const int64_t first = out_block * kOutBlock<A>;
-  const int64_t valid = min64(width, pack.out_channels - first);
-  for (int64_t tap = 0; tap < pack.taps; ++tap) {
-    const int64_t base = taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s + first * out_stride;
-    for (int64_t unit = 0; unit < pack.in_units; ++unit, out += width) {
-      for (int64_t lane = 0; lane < width; ++lane) {
-        if constexpr (M::kUnitChannels == 1) {
-          out[lane] = lane < valid ? weight_value<T>(weight, layout, base + unit * in_stride + lane * out_stride) : A(0);
-        } else {
-          uint32_t pair = 0;
-          for (int64_t half = 0; half < 2 && lane < valid; ++half) {
-            const int64_t channel = 2 * unit + half;
-            if (channel >= pack.in_channels) break;
-            const A value = weight_value<T>(weight, layout, base + channel * in_stride + lane * out_stride);
-            pair |= uint32_t(float_to_bf16(value).bits) << (16 * half);
-          }
-          out[lane] = pair;
-        }
-      }
-    }
-  }
-}
-
 // ----------------------------------------------------------------------------------------------------- register tile
 
 // Pixels in a register tile: as many accumulators as the register file holds beside the operands.
@@ -420,8 +357,40 @@ class Prefetcher {
 // Splits n pixels into tiles of nearly equal size: first pixel of tile i of `tiles`.
 RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) { return i * (n / tiles) + min64(i, n % tiles); }
 
-// Output rows per band: the band's scratch should stay in a core's L2 cache beside the weights.
+// A band's scratch should stay in a core's L2 cache beside the weights.
 constexpr int64_t kBandBytes = 256 * 1024;
+
+// How a pointwise convolution (1x1, stride 1, no padding) is cut up, by its shape alone: runs of pixels, which need not respect
+// image borders, and for few of them groups of blocks of output channels, each of which prepares the run anew.
+struct PointwisePlan {
+  int64_t pixels, runs, blocks, groups;
+
+  int64_t tasks() const { return runs * groups; }
+  int64_t run(int64_t task) const { return task / groups; }
+  int64_t first_pixel(int64_t run) const { return split_begin(pixels, runs, run); }
+  int64_t pixel_count(int64_t run) const { return first_pixel(run + 1) - first_pixel(run); }
+  int64_t first_block(int64_t task) const { return split_begin(blocks, groups, task % groups); }
+  int64_t last_block(int64_t task) const { return split_begin(blocks, groups, task % groups + 1); }
+};
+constexpr int64_t kEvenTasks = 32;      // fewer runs than this come in a power of two, so that threads get equal shares
+constexpr int64_t kGroupBlocks = 8;     // of a group at least: the preparation is repeated for each
+template <typename M> static PointwisePlan plan_pointwise(int64_t pixels, int64_t in_channels, int64_t out_blocks) {
+  const int64_t pixel_bytes = divide_up(in_channels, int64_t(kBlock<M>) * M::kUnitChannels) * RF_VECTOR_BYTES;
+  const int64_t fit = kBandBytes / 2 / pixel_bytes / kTilePixels;
+  PointwisePlan plan = {pixels, divide_up(pixels, kTilePixels * max64(4, min64(fit, 24))), out_blocks, 1};
+  if (plan.runs < kEvenTasks) {
+    int64_t even = 1;
+    while (even < plan.runs) even *= 2;
+    plan.runs = even;
+    while (plan.tasks() < kEvenTasks && 2 * plan.groups * kGroupBlocks <= out_blocks) plan.groups *= 2;
+  } else {
+    plan.runs = round_up(plan.runs, int64_t(8));
+  }
+  plan.runs = min64(plan.runs, pixels);
+  return plan;
+}
+
+// Output rows per band.
 RF_INLINE int64_t rows_per_band(int64_t out_rows, int64_t row_bytes, int64_t row_step, int64_t halo_rows) {
   const int64_t fit = max64(1, (kBandBytes / max64(1, row_bytes) - halo_rows) / row_step);
   const int64_t bands = divide_up(out_rows, min64(fit, out_rows));

@@ -3,6 +3,8 @@
 //
 // The input gradient of a convolution with stride (sh, sw) is sh*sw convolutions of dy with stride 1, one for each residue
 // ("phase") of the input position, each with the taps that reach it: h + pad = p*stride + r*dilation.
+#include "dgrad_epilogue.h"
+#include "pack_weights.h"
 #include "primitives.h"
 #include "winograd.h"
 
@@ -32,98 +34,20 @@ Extent extent_of(int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) 
   return e;
 }
 
-template <typename T> struct Epilogue {
-  typedef Acc<T> A;
-  int64_t channels;
-  const T* x;
-  const A* bn;  // mean, invstd, scale, shift
-  A slope;
-  bool relu;
-  const T* dz_in;
-  T* dz;
-  bool streamed;
-  T* lines;
-  A* sum_dz;
-  A* sum_dz_xhat;
-  int64_t pixel_step;  // neighbours of a phase are a stride apart
-
-  template <int NP> RF_INLINE_METHOD void vector(Vec<A> (&column)[NP], int64_t c, int64_t pixel, int64_t) const {
-    const Vec<A> mean = load(bn + c), invstd = load(bn + channels + c);
-    const Vec<A> scale = load(bn + 2 * channels + c), shift = load(bn + 3 * channels + c), slopes = splat<A>(slope);
-    const T* const first = x + pixel * channels + c;
-    const int64_t step = pixel_step * channels;
-    // The mask leaves x - mean behind for the reductions: x is read once.
-    Vec<A> centred[NP];
-#pragma GCC unroll 16
-    for (int p = 0; p < NP; ++p) {
-      const Vec<A> value = load(first + p * step);
-      column[p] = activate_grad<A>(preact(value, scale, shift), column[p], slopes, relu);
-      centred[p] = value - mean;
-    }
-    if (dz_in) {
-#pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) column[p] += load(dz_in + pixel * channels + c + p * step);
-    }
-    store_column<T>(dz + pixel * channels, c, step, column, streamed, lines);
-    Vec<A> sum = {}, sum_xhat = {};
-#pragma GCC unroll 16
-    for (int p = 0; p < NP; ++p) {
-      sum += column[p];
-      sum_xhat += column[p] * centred[p];
-    }
-    store(sum_dz + c, load(sum_dz + c) + sum);
-    store(sum_dz_xhat + c, load(sum_dz_xhat + c) + sum_xhat * invstd);
-  }
-
-  void lanes(const A* column, int np, int64_t c0, int64_t pixel, int64_t) const {
-    for (int64_t c = c0; c < channels; ++c) {
-      A sum = 0, sum_xhat = 0;
-      for (int p = 0; p < np; ++p) {
-        const int64_t at = (pixel + p * pixel_step) * channels + c;
-        const A value = load1(x + at);
-        const A z = preact(value, bn[2 * channels + c], bn[3 * channels + c]);
-        A d = activate_grad1<A>(z, column[p * kLanes<A> + (c - c0)], slope, relu);
-        if (dz_in) d += load1(dz_in + at);
-        d = rounded1<T>(d);
-        store1(dz + at, d);
-        sum += d;
-        sum_xhat += d * (value - bn[c]);
-      }
-      sum_dz[c] += sum;
-      sum_dz_xhat[c] += sum_xhat * bn[channels + c];
-    }
-  }
-};
-
-// One task's epilogue, its sums at zero. lines: see store_column.
+// The epilogue of some channels of a run of pixels or a band; their sums, row `index` of the partial ones, at zero.
 template <typename T>
-Epilogue<T> start_epilogue(const PreactConvDgradParams& params, int64_t task, Acc<T>* partial, bool streamed) {
-  const ConvGeometry& g = params.g;
-  Acc<T>* const sums = partial + task * 2 * g.c;
-  memset(sums, 0, size_t(2 * g.c) * sizeof(Acc<T>));
-  return {g.c,
-          static_cast<const T*>(params.x),
-          static_cast<const Acc<T>*>(params.bn),
-          Acc<T>(params.slope),
-          params.slope == 0,
-          static_cast<const T*>(params.dz_in),
-          static_cast<T*>(params.dz),
-          streamed,
-          static_cast<T*>(thread_scratch(kScratchTile, size_t(kRunPixels) * 2 * kLanes<Acc<T>> * sizeof(T))),
-          sums,
-          sums + g.c,
-          g.stride_w};
+DgradEpilogue<T> start_epilogue(const PreactConvDgradParams& params, int64_t index, int64_t first_channel,
+                                int64_t last_channel, Acc<T>* partial, bool streamed) {
+  Acc<T>* const sums = partial + index * 2 * params.g.c;
+  for (int64_t row = 0; row < 2; ++row)
+    memset(sums + row * params.g.c + first_channel, 0, size_t(last_channel - first_channel) * sizeof(Acc<T>));
+  return dgrad_epilogue<T>(params, sums, kRunPixels, streamed);
 }
 template <typename A> A* partial_sums(const PreactConvDgradParams& params, int64_t tasks) {
   return static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * params.g.c * sizeof(A)));
 }
-// In the order of the tasks, whichever thread ran them.
-template <typename A> void add_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks) {
-  const int64_t size = 2 * params.g.c;
-  A* const sums = static_cast<A*>(params.sums);
-  memset(sums, 0, size_t(size) * sizeof(A));
-  for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t c = 0; c < size; ++c) sums[c] += partial[task * size + c];
+template <typename A> void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks) {
+  add_partial_sums(static_cast<A*>(params.sums), partial, 2 * params.g.c, tasks, params.g.c);
 }
 
 // Returns false, with everything to be computed again, if not all sums were finite.
@@ -135,8 +59,8 @@ template <typename T> bool winograd_dgrad(const PreactConvDgradParams& params) {
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.dy), make_prologue<float>(nullptr, g.k, 0), params.weight,
       params.weight_layout, true, {static_cast<const T*>(params.x), static_cast<const T*>(params.dz_in)},
-      [&](int64_t task) { return start_epilogue<T>(params, task, partial, streamed); });
-  if (finite) add_partial_sums(params, partial, plan.tasks);
+      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.c, partial, streamed); });
+  if (finite) merge_partial_sums(params, partial, plan.tasks);
   return finite;
 }
 
@@ -154,19 +78,17 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   // A pointwise convolution is one long row of pixels.
   const bool pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
   const int64_t blocks = divide_up(g.k, int64_t(B) * M::kUnitChannels);
-  const int64_t chunk =
-      kTilePixels * max64(4, min64(kBandBytes / 2 / (blocks * RF_VECTOR_BYTES) / kTilePixels, 24));
-  const int64_t pixels = g.n * g.h * g.w;
+  const PointwisePlan runs = plan_pointwise<M>(g.n * g.h * g.w, g.k, divide_up(g.c, kOutBlock<A>));
 
   const int64_t phases = g.stride_h * g.stride_w;
   const Extent eh = extent_of(g.r, g.stride_h, g.pad_h, g.dilation_h);
   const Extent ew = extent_of(g.s, g.stride_w, g.pad_w, g.dilation_w);
   const int64_t index_rows = divide_up(g.h, g.stride_h), index_cols = divide_up(g.w, g.stride_w);
-  const int64_t band_cols = pointwise ? chunk : index_cols + ew.most - ew.least;
+  const int64_t band_cols = pointwise ? divide_up(runs.pixels, runs.runs) : index_cols + ew.most - ew.least;
   const int64_t band_rows =
       pointwise ? 1 : rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least);
   const int64_t bands = divide_up(index_rows, band_rows);
-  const int64_t tasks = pointwise ? divide_up(pixels, chunk) : g.n * bands;
+  const int64_t parts = pointwise ? runs.runs : g.n * bands, tasks = pointwise ? runs.tasks() : parts;
   const BandLayout largest =
       make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
 
@@ -209,18 +131,21 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   });
 
   const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
-  A* const partial = partial_sums<A>(params, tasks);
+  A* const partial = partial_sums<A>(params, parts);
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
-    const Epilogue<T> epilogue = start_epilogue<T>(params, task, partial, streamed);
-    int64_t image = 0, row0 = 0, rows = 1;
+    int64_t image = 0, row0 = 0, rows = 1, first_pixel = 0, part = task, first_block = 0, last_block = whole.out_blocks;
     BandLayout layout;
     if (pointwise) {
-      layout = make_band<M>(g.k, 1, min64(chunk, pixels - task * chunk), 1);
-      fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + task * chunk * g.k, 1, layout.cols, 0, 0, none);
+      part = runs.run(task);
+      first_block = runs.first_block(task);
+      last_block = runs.last_block(task);
+      first_pixel = runs.first_pixel(part);
+      layout = make_band<M>(g.k, 1, runs.pixel_count(part), 1);
+      fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + first_pixel * g.k, 1, layout.cols, 0, 0, none);
     } else {
       image = task / bands;
       row0 = task % bands * band_rows;
@@ -229,15 +154,17 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + image * g.p * g.q * g.k, g.p, g.q,
                       row0 + eh.least, ew.least, none);
     }
+    const DgradEpilogue<T> epilogue = start_epilogue<T>(
+        params, part, first_block * kOutBlock<A>, min64(g.c, last_block * kOutBlock<A>), partial, streamed);
     for (int64_t t = 0; t < found; ++t) tap_offsets[t] = (tap_row[t] * layout.slots + tap_col[t]) * B;
 
     Prefetcher next;
-    if (task + 1 < tasks) {
+    if (part + 1 < parts) {
       const T* const dy = static_cast<const T*>(params.dy);
       int64_t begin, end, first, last;  // of the next task: pixels of dy, pixels of x
       if (pointwise) {
-        begin = first = (task + 1) * chunk;
-        end = last = min64(pixels, begin + chunk);
+        begin = first = runs.first_pixel(part + 1);
+        end = last = begin + runs.pixel_count(part + 1);
       } else {
         const int64_t image = (task + 1) / bands, index = (task + 1) % bands * band_rows;
         begin = (image * g.p + min64(g.p, max64(0, index + eh.least))) * g.q;
@@ -248,7 +175,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       next.add(dy + begin * g.k, dy + end * g.k);
       next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
-      next.divide(whole.out_blocks * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
+      next.divide((last_block - first_block) * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
@@ -256,7 +183,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       const TileInput<M> input = {tap_offsets + first, pack.taps, layout.rows * layout.slots * B, pack.in_units};
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
       if (cols <= 0) continue;
-      for (int64_t block = 0; block < pack.out_blocks; ++block) {
+      for (int64_t block = first_block; block < last_block; ++block) {
         const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
@@ -267,10 +194,10 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t begin = split_begin(cols, tiles, i);
             const int np = int(split_begin(cols, tiles, i + 1) - begin);
-            const int64_t pixel = pointwise ? task * chunk + begin
+            const int64_t pixel = pointwise ? first_pixel + begin
                                             : (image * g.h + h) * g.w + begin * g.stride_w + phase_w;
             next.advance();
-            conv_tile_of<M, Epilogue<T>>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, epilogue, channel,
+            conv_tile_of<M, DgradEpilogue<T>>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, epilogue, channel,
                                                       pixel, 0);
           }
         }
@@ -279,7 +206,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
     if (streamed) stream_fence();
   });
 
-  add_partial_sums(params, partial, tasks);
+  merge_partial_sums(params, partial, parts);
 }
 
 template void preact_conv_dgrad<float>(const PreactConvDgradParams&);

@@ -1,6 +1,7 @@
 // y = conv(act(x*scale + shift)) + bias + residual, with the statistics of y (He et al. 2016, "Identity Mappings in Deep
 // Residual Networks": one pre-activation convolution and, at a unit's end, the addition). The normalised input exists
 // only as a band of rows in a core's cache; y and residual are touched once.
+#include "pack_weights.h"
 #include "primitives.h"
 #include "winograd.h"
 
@@ -8,37 +9,26 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 namespace {
 
-// Where one task reads and writes: a band of output rows of one image, or, for a pointwise convolution (1x1, stride 1, no
-// padding), a run of pixels that need not respect image borders.
-struct Work {
-  bool pointwise;
-  int64_t tasks;
-  int64_t pixels, chunk;       // pointwise
-  int64_t bands, band_rows;    // otherwise
-  int64_t rows, cols;          // of the input band, at most
-};
+bool is_pointwise(const ConvGeometry& g) {
+  return g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+}
 
-template <typename M> Work plan_work(const ConvGeometry& g) {
-  Work work = {};
-  const int64_t blocks = divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels);
-  work.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
-  if (work.pointwise) {
-    work.pixels = g.n * g.h * g.w;
-    const int64_t fit = kBandBytes / 2 / (blocks * RF_VECTOR_BYTES) / kTilePixels;
-    work.chunk = kTilePixels * max64(4, min64(fit, 24));
-    work.tasks = divide_up(work.pixels, work.chunk);
-    work.rows = 1;
-    work.cols = work.chunk;
-    return work;
-  }
+// Bands of output rows of one image.
+struct BandPlan {
+  int64_t bands, band_rows, tasks;
+  int64_t rows, cols;  // of the input band, at most
+};
+template <typename M> BandPlan plan_bands(const ConvGeometry& g) {
+  BandPlan plan = {};
   const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-  work.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
-  const int64_t row_bytes = blocks * round_up(work.cols, g.stride_w) * RF_VECTOR_BYTES;
-  work.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
-  work.bands = divide_up(g.p, work.band_rows);
-  work.tasks = g.n * work.bands;
-  work.rows = (work.band_rows - 1) * g.stride_h + halo_h;
-  return work;
+  plan.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+  const int64_t blocks = divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels);
+  const int64_t row_bytes = blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
+  plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+  plan.bands = divide_up(g.p, plan.band_rows);
+  plan.tasks = g.n * plan.bands;
+  plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
+  return plan;
 }
 
 // What happens to a register tile on its way to memory.
@@ -106,12 +96,16 @@ template <typename T> struct Epilogue {
   }
 };
 
-// One task's epilogue, its statistics at zero. lines: see store_column.
+// The epilogue of some channels of a run of pixels or a band; their statistics, row `index` of the partial ones, at zero.
+// lines: see store_column.
 template <typename T>
-Epilogue<T> start_epilogue(const PreactConvForwardParams& params, int64_t task, Acc<T>* partial, bool streamed) {
+Epilogue<T> start_epilogue(const PreactConvForwardParams& params, int64_t index, int64_t first_channel, int64_t last_channel,
+                           Acc<T>* partial, bool streamed) {
   const int64_t k = params.g.k;
-  Acc<T>* const mean = partial ? partial + task * 2 * k : nullptr;
-  if (mean) memset(mean, 0, size_t(2 * k) * sizeof(Acc<T>));
+  Acc<T>* const mean = partial ? partial + index * 2 * k : nullptr;
+  if (mean)
+    for (int64_t row = 0; row < 2; ++row)
+      memset(mean + row * k + first_channel, 0, size_t(last_channel - first_channel) * sizeof(Acc<T>));
   return {k,
           static_cast<const Acc<T>*>(params.bias),
           static_cast<const T*>(params.residual),
@@ -151,7 +145,7 @@ template <typename T> bool winograd_forward(const PreactConvForwardParams& param
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.x), make_prologue<float>(params.bn, g.c, params.slope),
       params.weight, params.weight_layout, false, {static_cast<const T*>(params.residual), nullptr},
-      [&](int64_t task) { return start_epilogue<T>(params, task, partial, streamed); });
+      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.k, partial, streamed); });
   if (finite) merge_partial_stats(params, partial, plan.tasks, [&](int64_t task) { return plan.pixels(task); });
   return finite;
 }
@@ -165,10 +159,13 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
   const ConvGeometry& g = params.g;
-  const Work work = plan_work<M>(g);
   const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
   const int64_t taps = g.r * g.s;
   const PackLayout pack = make_pack<M>(g.c, g.k, taps);
+  const bool pointwise = is_pointwise(g);
+  const PointwisePlan runs = plan_pointwise<M>(g.n * g.h * g.w, g.c, pack.out_blocks);
+  const BandPlan bands = plan_bands<M>(g);
+  const int64_t parts = pointwise ? runs.runs : bands.tasks, tasks = pointwise ? runs.tasks() : bands.tasks;
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
   Unit* const packed = static_cast<Unit*>(thread_scratch(
@@ -183,28 +180,32 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     pack_block<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, params.weight_layout,
                      params.weight_layout.stride_c, params.weight_layout.stride_k, taps_r, taps_s);
   });
-  A* const partial = partial_stats<A>(params, work.tasks);
+  A* const partial = partial_stats<A>(params, parts);
   const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
-  const BandLayout largest = make_band<M>(g.c, work.rows, work.cols, g.stride_w);
-  parallel_for(params.parallel, work.tasks, [&](int64_t task) {
+  const BandLayout largest = pointwise ? make_band<M>(g.c, 1, divide_up(runs.pixels, runs.runs), 1)
+                                       : make_band<M>(g.c, bands.rows, bands.cols, g.stride_w);
+  parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
 
-    int64_t out_rows, out_cols, first_pixel;
+    int64_t out_rows, out_cols, first_pixel, part = task, first_block = 0, last_block = pack.out_blocks;
     BandLayout layout;
-    if (work.pointwise) {
-      first_pixel = task * work.chunk;
+    if (pointwise) {
+      part = runs.run(task);
+      first_block = runs.first_block(task);
+      last_block = runs.last_block(task);
+      first_pixel = runs.first_pixel(part);
       out_rows = 1;
-      out_cols = min64(work.chunk, work.pixels - first_pixel);
+      out_cols = runs.pixel_count(part);
       layout = make_band<M>(g.c, 1, out_cols, 1);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + first_pixel * g.c, 1, out_cols, 0, 0, prologue);
     } else {
-      const int64_t image = task / work.bands, p0 = task % work.bands * work.band_rows;
-      out_rows = min64(work.band_rows, g.p - p0);
+      const int64_t image = task / bands.bands, p0 = task % bands.bands * bands.band_rows;
+      out_rows = min64(bands.band_rows, g.p - p0);
       out_cols = g.q;
       first_pixel = (image * g.p + p0) * g.q;
-      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, work.cols, g.stride_w);
+      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, bands.cols, g.stride_w);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
                       p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
     }
@@ -213,29 +214,30 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
                        kBlock<M>;
     }
-    const Epilogue<T> epilogue = start_epilogue<T>(params, task, partial, streamed);
+    const Epilogue<T> epilogue = start_epilogue<T>(
+        params, part, first_block * kOutBlock<A>, min64(g.k, last_block * kOutBlock<A>), partial, streamed);
     const TileInput<M> input = {tap_offsets, taps, layout.rows * layout.slots * kBlock<M>, pack.in_units};
     Prefetcher next;
-    if (task + 1 < work.tasks) {
+    if (part + 1 < parts) {
       const T* const x = static_cast<const T*>(params.x);
       int64_t begin, end, pixel, count;  // of the next task: input pixels, output pixels
-      if (work.pointwise) {
+      if (pointwise) {
         begin = pixel = first_pixel + out_cols;
-        count = min64(work.chunk, work.pixels - begin);
+        count = runs.pixel_count(part + 1);
         end = begin + count;
       } else {
-        const int64_t image = (task + 1) / work.bands, p0 = (task + 1) % work.bands * work.band_rows;
+        const int64_t image = (task + 1) / bands.bands, p0 = (task + 1) % bands.bands * bands.band_rows;
         const int64_t top = p0 * g.stride_h - g.pad_h;
         begin = (image * g.h + max64(0, top)) * g.w;
-        end = (image * g.h + max64(0, min64(g.h, top + work.rows))) * g.w;
+        end = (image * g.h + max64(0, min64(g.h, top + bands.rows))) * g.w;
         pixel = (image * g.p + p0) * g.q;
-        count = min64(work.band_rows, g.p - p0) * g.q;
+        count = min64(bands.band_rows, g.p - p0) * g.q;
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
-      next.divide(pack.out_blocks * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
+      next.divide((last_block - first_block) * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
     }
-    for (int64_t block = 0; block < pack.out_blocks; ++block) {
+    for (int64_t block = first_block; block < last_block; ++block) {
       const Unit* const w = packed + pack_block_offset<M>(pack, block);
       const int64_t channel = block * kOutBlock<A>;
       const int vectors = pack_vectors<M>(pack, block);
@@ -255,9 +257,9 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     if (streamed) stream_fence();
   });
 
-  merge_partial_stats(params, partial, work.tasks, [&](int64_t task) {
-    if (work.pointwise) return min64(work.chunk, work.pixels - task * work.chunk);
-    return min64(work.band_rows, g.p - task % work.bands * work.band_rows) * g.q;
+  merge_partial_stats(params, partial, parts, [&](int64_t part) {
+    if (pointwise) return runs.pixel_count(part);
+    return min64(bands.band_rows, g.p - part % bands.bands * bands.band_rows) * g.q;
   });
 }
 

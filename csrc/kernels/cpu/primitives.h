@@ -16,6 +16,8 @@ template <typename T> void residual_add(const ResidualAddParams& params);
 template <typename T> void preact_conv_forward(const PreactConvForwardParams& params);
 template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params);
 template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params);
+template <typename T>
+void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactConvWgradParams& wgrad);
 
 const CpuKernels& kernels();
 

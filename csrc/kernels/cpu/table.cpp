@@ -20,6 +20,7 @@ static constexpr CpuKernels kTable = {
     .preact_conv_forward = RF_DTYPES(preact_conv_forward),
     .preact_conv_dgrad = RF_DTYPES(preact_conv_dgrad),
     .preact_conv_wgrad = RF_DTYPES(preact_conv_wgrad),
+    .preact_conv_backward_1x1 = RF_DTYPES(preact_conv_backward_1x1),
 };
 
 const CpuKernels& kernels() { return kTable; }

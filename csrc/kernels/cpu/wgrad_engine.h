@@ -222,6 +222,13 @@ template <typename A> static void finish_bias(A* dbias, const A* partials, int64
 // The first `lanes` of a vector of input channels into dweight, rounded to its dtype.
 template <typename T>
 RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t at, Vec<Acc<T>> value, int64_t lanes) {
+  if (layout.stride_c == 1 && lanes == kLanes<Acc<T>>) {
+    if (layout.is_acc)
+      store(static_cast<Acc<T>*>(dweight) + at, value);
+    else
+      store(static_cast<T*>(dweight) + at, value);
+    return;
+  }
   Acc<T> lane_value[kLanes<Acc<T>>];
   store(lane_value, value);
   for (int64_t lane = 0; lane < lanes; ++lane, at += layout.stride_c) {

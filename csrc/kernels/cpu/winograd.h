@@ -14,7 +14,7 @@
 // which also serves finite values that overflow here.
 #pragma once
 
-#include "conv_engine.h"
+#include "pack_weights.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -140,41 +140,47 @@ struct Grid {
   RF_INLINE_METHOD vfloat round(vfloat v) const { return (v + offset) - offset; }
 };
 
-// G g G^T of one output block, as [position][in channel][out lane]; norms: sum of the magnitudes per output; flipped: of the kernel turned by 180 degrees, as the
-// input gradient needs it.
+// G g G^T of one output block, as [position][in channel][out lane]; norms: sum of the magnitudes per output; flipped: of the
+// kernel turned by 180 degrees, as the input gradient needs it.
 template <typename T>
 static void pack_winograd(float* out, float* norms, const PackLayout& pack, int64_t out_block, const void* weight,
                           const WeightLayout& layout, int64_t in_stride, int64_t out_stride, bool flipped) {
   typedef FilterOf<T> F;
   constexpr int L = kLanes<float>, P = F::kPoints;
   const int vectors = pack_vectors<ModeF32>(pack, out_block);
-  const int64_t width = int64_t(vectors) * L, first = out_block * kOutBlock<float>;
-  const int64_t position_step = pack.in_units * width;
+  const int64_t width = int64_t(vectors) * L, position_step = pack.in_units * width;
   vfloat sums[2] = {};
-  for (int64_t unit = 0; unit < pack.in_units; ++unit)
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t valid = max64(0, min64(L, pack.out_channels - first - v * L));
-      vfloat columns[P][3];
-      for (int s = 0; s < 3; ++s) {
-        vfloat g[3], u[P];
-        for (int r = 0; r < 3; ++r) {
-          const int64_t at = (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s +
-                             unit * in_stride + (first + v * L) * out_stride;
-          float lanes[L] = {};
-          for (int64_t lane = 0; lane < valid; ++lane) lanes[lane] = weight_value<T>(weight, layout, at + lane * out_stride);
-          g[r] = load(lanes);
-          sums[v] += magnitude(g[r]);
+  WeightBlock<T> taps[3][3];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t first = out_block * kOutBlock<float> + v * L, lanes = min64(L, pack.out_channels - first);
+    for (int64_t unit0 = 0; unit0 < pack.in_units; unit0 += kPackChannels) {
+      const int64_t units = min64(kPackChannels, pack.in_units - unit0);
+      for (int r = 0; r < 3; ++r)
+        for (int s = 0; s < 3; ++s)
+          taps[r][s].read(weight, layout,
+                          (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s +
+                              unit0 * in_stride + first * out_stride,
+                          units, lanes, in_stride, out_stride);
+      for (int64_t unit = 0; unit < units; ++unit) {
+        vfloat columns[P][3];
+        for (int s = 0; s < 3; ++s) {
+          vfloat g[3], u[P];
+          for (int r = 0; r < 3; ++r) {
+            g[r] = taps[r][s].row(unit);
+            sums[v] += magnitude(g[r]);
+          }
+          F::weight(g, u);
+          for (int r = 0; r < P; ++r) columns[r][s] = u[r];
         }
-        F::weight(g, u);
-        for (int r = 0; r < P; ++r) columns[r][s] = u[r];
-      }
-      float* const at = out + unit * width + v * L;
-      for (int r = 0; r < P; ++r) {
-        vfloat u[P];
-        F::weight(columns[r], u);
-        for (int s = 0; s < P; ++s) store(at + (r * P + s) * position_step, u[s]);
+        float* const at = out + (unit0 + unit) * width + v * L;
+        for (int r = 0; r < P; ++r) {
+          vfloat u[P];
+          F::weight(columns[r], u);
+          for (int s = 0; s < P; ++s) store(at + (r * P + s) * position_step, u[s]);
+        }
       }
     }
+  }
   for (int v = 0; v < 2; ++v) store(norms + v * L, sums[v]);
 }
 

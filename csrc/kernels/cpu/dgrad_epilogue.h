@@ -1,0 +1,100 @@
+// What happens to the input gradient of a convolution on its way from the register tile to memory: the ReLU's mask, dz_in,
+// the rounding and BatchNorm's two sums.
+#pragma once
+
+#include "conv_engine.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+template <typename T> struct DgradEpilogue {
+  typedef Acc<T> A;
+  int64_t channels;
+  const T* x;
+  const A* bn;  // mean, invstd, scale, shift
+  A slope;
+  bool relu;
+  const T* dz_in;
+  T* dz;
+  bool streamed;
+  T* lines;
+  A* sum_dz;
+  A* sum_dz_xhat;
+  int64_t pixel_step;  // neighbours of a phase are a stride apart
+
+  template <int NP> RF_INLINE_METHOD void vector(Vec<A> (&column)[NP], int64_t c, int64_t pixel, int64_t) const {
+    const Vec<A> mean = load(bn + c), invstd = load(bn + channels + c);
+    const Vec<A> scale = load(bn + 2 * channels + c), shift = load(bn + 3 * channels + c), slopes = splat<A>(slope);
+    const T* const first = x + pixel * channels + c;
+    const int64_t step = pixel_step * channels;
+    // The mask leaves x - mean behind for the reductions: x is read once.
+    Vec<A> centred[NP];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      const Vec<A> value = load(first + p * step);
+      column[p] = activate_grad<A>(preact(value, scale, shift), column[p], slopes, relu);
+      centred[p] = value - mean;
+    }
+    if (dz_in) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) column[p] += load(dz_in + pixel * channels + c + p * step);
+    }
+    store_column<T>(dz + pixel * channels, c, step, column, streamed, lines);
+    Vec<A> sum = {}, sum_xhat = {};
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      sum += column[p];
+      sum_xhat += column[p] * centred[p];
+    }
+    store(sum_dz + c, load(sum_dz + c) + sum);
+    store(sum_dz_xhat + c, load(sum_dz_xhat + c) + sum_xhat * invstd);
+  }
+
+  void lanes(const A* column, int np, int64_t c0, int64_t pixel, int64_t) const {
+    for (int64_t c = c0; c < channels; ++c) {
+      A sum = 0, sum_xhat = 0;
+      for (int p = 0; p < np; ++p) {
+        const int64_t at = (pixel + p * pixel_step) * channels + c;
+        const A value = load1(x + at);
+        const A z = preact(value, bn[2 * channels + c], bn[3 * channels + c]);
+        A d = activate_grad1<A>(z, column[p * kLanes<A> + (c - c0)], slope, relu);
+        if (dz_in) d += load1(dz_in + at);
+        d = rounded1<T>(d);
+        store1(dz + at, d);
+        sum += d;
+        sum_xhat += d * (value - bn[c]);
+      }
+      sum_dz[c] += sum;
+      sum_dz_xhat[c] += sum_xhat * bn[channels + c];
+    }
+  }
+};
+
+// An epilogue that adds to `sums` [2, C]. pixels: at most so many in a tile.
+template <typename T>
+static DgradEpilogue<T> dgrad_epilogue(const PreactConvDgradParams& params, Acc<T>* sums, int64_t pixels, bool streamed) {
+  const ConvGeometry& g = params.g;
+  return {g.c,
+          static_cast<const T*>(params.x),
+          static_cast<const Acc<T>*>(params.bn),
+          Acc<T>(params.slope),
+          params.slope == 0,
+          static_cast<const T*>(params.dz_in),
+          static_cast<T*>(params.dz),
+          streamed,
+          static_cast<T*>(thread_scratch(kScratchTile, size_t(pixels) * 2 * kLanes<Acc<T>> * sizeof(T))),
+          sums,
+          sums + g.c,
+          g.stride_w};
+}
+
+// Partial sums [parts][2, C] into `sums`, in their order, whichever thread made them; `stride` from part to part.
+template <typename A>
+static void add_partial_sums(A* sums, const A* partial, int64_t stride, int64_t parts, int64_t channels) {
+  memset(sums, 0, size_t(2 * channels) * sizeof(A));
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += partial[part * stride + c];
+}
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

@@ -1,0 +1,112 @@
+// Weights as the register tiles read them: [output block][tap][input unit][output lane], in any layout of the tensor.
+#pragma once
+
+#include "conv_engine.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+// Channels of a block that is read at once: with all taps of a vector of outputs it stays in the L1 cache, however far apart
+// its values lie in the tensor.
+constexpr int kPackChannels = 32;
+
+// Values [channel][lane] of one tap, as they are used: rounded to the activation dtype. Lanes beyond `lanes` are 0.
+template <typename T> struct WeightBlock {
+  typedef Acc<T> A;
+  static constexpr int L = kLanes<A>;
+  alignas(RF_VECTOR_BYTES) A values[kPackChannels][L];
+
+  RF_INLINE_METHOD Vec<A> row(int64_t channel) const { return load(values[channel]); }
+
+  void read(const void* weight, const WeightLayout& layout, int64_t at, int64_t channels, int64_t lanes, int64_t in_stride,
+            int64_t out_stride) {
+    if (layout.is_acc)
+      read_from<A>(static_cast<const A*>(weight) + at, channels, lanes, in_stride, out_stride);
+    else
+      read_from<T>(static_cast<const T*>(weight) + at, channels, lanes, in_stride, out_stride);
+  }
+
+ private:
+  template <typename S>
+  void read_from(const S* from, int64_t channels, int64_t lanes, int64_t in_stride, int64_t out_stride) {
+    if (out_stride == 1 && lanes == L) {
+      for (int64_t channel = 0; channel < channels; ++channel)
+        store(values[channel], sizeof(S) == sizeof(T) ? load(from + channel * in_stride)
+                                                      : rounded<T>(load(from + channel * in_stride)));
+      return;
+    }
+    if (lanes < L) memset(values, 0, sizeof values);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const S* const line = from + lane * out_stride;
+      if (in_stride == 1)
+        for (int64_t channel = 0; channel < channels; ++channel) values[channel][lane] = load1(line + channel);
+      else
+        for (int64_t channel = 0; channel < channels; ++channel) values[channel][lane] = load1(line + channel * in_stride);
+    }
+    if constexpr (sizeof(S) != sizeof(T))
+      for (int64_t channel = 0; channel < channels; ++channel) store(values[channel], rounded<T>(row(channel)));
+  }
+};
+
+// A block of output channels is one or two vectors wide.
+template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
+
+struct PackLayout {
+  int64_t in_channels, out_channels;
+  int64_t in_units;   // channel units, padded only to whole units
+  int64_t taps;
+  int64_t out_blocks;
+};
+template <typename M> static PackLayout make_pack(int64_t in_channels, int64_t out_channels, int64_t taps) {
+  return PackLayout{in_channels, out_channels, divide_up(in_channels, M::kUnitChannels), taps,
+                    divide_up(out_channels, kOutBlock<typename M::A>)};
+}
+// Vectors per unit of an output block: the last block may be narrow.
+template <typename M> RF_INLINE int pack_vectors(const PackLayout& pack, int64_t out_block) {
+  typedef typename M::A A;
+  return pack.out_channels - out_block * kOutBlock<A> > kLanes<A> ? 2 : 1;
+}
+template <typename M> static int64_t pack_units(const PackLayout& pack) {
+  return pack.out_blocks * pack.taps * pack.in_units * kOutBlock<typename M::A>;
+}
+template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack, int64_t out_block) {
+  return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
+}
+
+// Packs [tap][in unit][out lane] of one output block. taps_r/taps_s: the kernel position of every tap.
+template <typename M, typename T>
+static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t out_block, const void* weight,
+                       const WeightLayout& layout, int64_t in_stride, int64_t out_stride, const int32_t* taps_r,
+                       const int32_t* taps_s) {
+  typedef typename M::A A;
+  constexpr int L = kLanes<A>, kUnits = kPackChannels / M::kUnitChannels;
+  const int vectors = pack_vectors<M>(pack, out_block);
+  const int64_t width = vectors * L;
+  WeightBlock<T> block;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t first = out_block * kOutBlock<A> + v * L, lanes = min64(L, pack.out_channels - first);
+    for (int64_t unit0 = 0; unit0 < pack.in_units; unit0 += kUnits) {
+      const int64_t units = min64(kUnits, pack.in_units - unit0), channel0 = unit0 * M::kUnitChannels;
+      const int64_t channels = min64(kPackChannels, pack.in_channels - channel0);
+      for (int64_t tap = 0; tap < pack.taps; ++tap) {
+        block.read(weight, layout,
+                   taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s + first * out_stride + channel0 * in_stride,
+                   channels, lanes, in_stride, out_stride);
+        typename M::Unit* const to = out + (tap * pack.in_units + unit0) * width + v * L;
+        for (int64_t unit = 0; unit < units; ++unit) {
+          if constexpr (M::kUnitChannels == 1) {
+            store(to + unit * width, block.row(unit));
+          } else {
+            const vuint32 low = (vuint32)block.row(2 * unit);
+            const vuint32 high = 2 * unit + 1 < channels ? (vuint32)block.row(2 * unit + 1) : vuint32{};
+            const vuint32 pair = low >> 16 | (high & 0xffff0000u);
+            memcpy(to + unit * width, &pair, sizeof pair);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

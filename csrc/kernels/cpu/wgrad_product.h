@@ -1,0 +1,178 @@
+// The weight gradient of large weights over few pixels, as one matrix product [K] x [taps * C] over the output pixels. Both
+// operands are first arranged for the register tile, activations tap by tap; then every task owns some outputs and sums over
+// all pixels. There are no partial results, which where weights outnumber pixels cost more than the products.
+#pragma once
+
+#include "wgrad_direct.h"
+
+namespace resnet_fused {
+namespace RF_VARIANT {
+
+constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on
+constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
+constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once
+constexpr int64_t kRangeBytes = int64_t(512) << 10;   // of the gradients that stay in a core's cache from task to task
+constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most: its sums fill an L1 cache
+
+template <typename M, typename T> struct WgradProduct {
+  typedef typename M::Unit Unit;
+  typedef Acc<T> A;
+  static constexpr int L = kLanes<A>, kVectors = 2, kUnitPixels = M::kUnitChannels;
+
+  const PreactConvWgradParams& params;
+  const ConvGeometry& g;
+  int64_t pixels, units;  // of outputs; a unit is one, or a pair of neighbours in memory
+  int64_t blocks, slots;  // channel blocks; slot = tap * blocks + block
+  int64_t groups;         // tiles of output channels
+
+  explicit WgradProduct(const PreactConvWgradParams& params)
+      : params(params), g(params.g), pixels(g.n * g.p * g.q), units(divide_up(pixels, kUnitPixels)),
+        blocks(divide_up(g.c, L)), slots(blocks * g.r * g.s), groups(divide_up(g.k, int64_t(tile_outputs(kVectors)))) {}
+
+  int64_t activation_units() const { return slots * units * L; }
+  int64_t all_units() const { return activation_units() + units * g.k; }
+
+  // As measured on 2 cores of Zen 4, 16-65536 pixels, 1 K to 4 M weights.
+  bool fits() const {
+    return g.k * g.c * g.r * g.s >= kProductWeights && all_units() * kUnitPixels <= kProductValues + (kProductValues >> 4);
+  }
+
+  // Walks over output pixels and tells where a tap finds its input, or null outside the image.
+  struct Walk {
+    const ConvGeometry& g;
+    const T* x;
+    int64_t r, s;
+    int64_t image, p, q;
+
+    RF_INLINE_METHOD const T* next() {
+      const int64_t h = p * g.stride_h - g.pad_h + r, w = q * g.stride_w - g.pad_w + s;
+      const T* const at = h < 0 || h >= g.h || w < 0 || w >= g.w ? nullptr : x + ((image * g.h + h) * g.w + w) * g.c;
+      if (++q == g.q) {
+        q = 0;
+        if (++p == g.p) {
+          p = 0;
+          ++image;
+        }
+      }
+      return at;
+    }
+  };
+
+  // [unit][lane] of one slot, units [begin, end).
+  void arrange_activations(Unit* out, int64_t slot, int64_t begin, int64_t end, const Prologue<A>& prologue) const {
+    const int64_t tap = slot / blocks, channel = slot % blocks * L;
+    const int valid = int(min64(L, g.c - channel));
+    const int64_t first = begin * kUnitPixels;
+    Walk walk = {g, static_cast<const T*>(params.x), tap / g.s * g.dilation_h, tap % g.s * g.dilation_w,
+                 first / (g.p * g.q), first / g.q % g.p, first % g.q};
+    const auto next = [&]() __attribute__((always_inline)) {
+      const T* const at = walk.next();
+      return at ? load_activation<T>(at + channel, channel, valid, prologue) : Vec<A>{};
+    };
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if constexpr (kUnitPixels == 1) {
+        store(out + unit * L, rounded_activation<T>(next()));
+      } else {
+#if RF_LEVEL >= 3
+        const vfloat low = next(), high = 2 * unit + 1 < pixels ? next() : vfloat{};
+        const vuint32 pair = pair_lanes(low, high);
+        memcpy(out + unit * L, &pair, sizeof pair);
+#endif
+      }
+    }
+  }
+
+  // [unit][output] of the tile of output channels [k, k + outputs).
+  void arrange_gradients(Unit* out, int64_t k, int64_t outputs, int64_t begin, int64_t end) const {
+    const T* const dy = static_cast<const T*>(params.dy) + k;
+    for (int64_t unit = begin; unit < end; ++unit)
+      for (int64_t i = 0; i < outputs; i += L) {
+        const int lanes = int(min64(L, outputs - i));
+        const T* const at = dy + unit * kUnitPixels * g.k + i;
+        Unit* const to = out + unit * outputs + i;
+        if constexpr (kUnitPixels == 1) {
+          store_partial(to, load_partial(at, lanes), lanes);
+        } else {
+          const vuint32 low = (vuint32)load_partial(at, lanes);
+          const vuint32 high = 2 * unit + 1 < pixels ? (vuint32)load_partial(at + g.k, lanes) : vuint32{};
+          const vfloat pair = (vfloat)(low >> 16 | high);
+          store_partial(reinterpret_cast<float*>(to), pair, lanes);
+        }
+      }
+  }
+
+  void run() const {
+    Unit* const activations = static_cast<Unit*>(thread_scratch(kScratchPartial, size_t(all_units()) * sizeof(Unit)));
+    Unit* const gradients = activations + activation_units();
+    const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
+    const int64_t runs = divide_up(units, kProductPass);
+    parallel_for(params.parallel, runs, [&](int64_t run) {
+      const int64_t begin = run * kProductPass, end = min64(units, begin + kProductPass);
+      for (int64_t slot = 0; slot < slots; ++slot)
+        arrange_activations(activations + slot * units * L, slot, begin, end, prologue);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t k = split_begin(g.k, groups, group);
+        arrange_gradients(gradients + k * units, k, split_begin(g.k, groups, group + 1) - k, begin, end);
+      }
+    });
+
+    // Column after column of the same output channels: what is read again lies in the cache.
+    constexpr int64_t kOutputs = tile_outputs(kVectors);
+    const int64_t fit = max64(1, min64(kProductGroups, kRangeBytes / (kOutputs * units * int64_t(sizeof(Unit)))));
+    const int64_t columns = divide_up(slots, int64_t(kVectors)), ranges = divide_up(groups, fit);
+    parallel_for(params.parallel, columns * ranges, [&](int64_t task) {
+      const int64_t slot = task % columns * kVectors, range = task / columns;
+      const int vectors = int(min64(kVectors, slots - slot));
+      const int64_t first = split_begin(groups, ranges, range), last = split_begin(groups, ranges, range + 1);
+      constexpr int64_t kTileSize = kOutputs * kVectors * L;
+      A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t((last - first) * kTileSize) * sizeof(A)));
+      memset(sums, 0, size_t((last - first) * kTileSize) * sizeof(A));
+      GradTile<M> tile = {};
+      tile.images = tile.rows = 1;
+      for (int64_t unit = 0; unit < units; unit += kProductPass) {
+        tile.cols = min64(kProductPass, units - unit);
+        for (int v = 0; v < vectors; ++v) tile.a[v] = activations + (slot + v) * units * L + unit * L;
+        for (int64_t group = first; group < last; ++group) {
+          const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
+          tile.dy = gradients + k * units + unit * outputs;
+          tile.dy_pixel = outputs;
+          if (vectors == 2)
+            run_tile<M, 2>(int(outputs), tile, sums + (group - first) * kTileSize);
+          else
+            run_tile<M, 1>(int(outputs), tile, sums + (group - first) * kTileSize);
+        }
+      }
+      const WeightLayout& layout = params.weight_layout;
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
+        for (int64_t i = 0; i < outputs; ++i)
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t tap = (slot + v) / blocks, channel = (slot + v) % blocks * L;
+            const int64_t at = (k + i) * layout.stride_k + channel * layout.stride_c + tap / g.s * layout.stride_r +
+                               tap % g.s * layout.stride_s;
+            write_weight<T>(params.dweight, layout, at, load(sums + (group - first) * kTileSize + (i * vectors + v) * L),
+                            min64(L, g.c - channel));
+          }
+      }
+    });
+    if (params.dbias) {
+      A* const dbias = static_cast<A*>(params.dbias);
+      memset(dbias, 0, size_t(g.k) * sizeof(A));
+      for (int64_t pixel = 0; pixel < pixels; pixel += kTilePass)
+        add_bias(dbias, static_cast<const T*>(params.dy) + pixel * g.k, min64(kTilePass, pixels - pixel), g.k);
+    }
+  }
+};
+
+#if RF_LEVEL >= 3
+template <typename T> struct PixelModeOf { typedef typename ModeOf<T>::type type; };
+template <> struct PixelModeOf<bf16> { typedef ModePixelPair type; };
+#else
+template <typename T> struct PixelModeOf { typedef typename ModeOf<T>::type type; };
+#endif
+
+template <typename T> using WgradProductOf = WgradProduct<typename PixelModeOf<T>::type, T>;
+template <typename T> static bool product_fits(const PreactConvWgradParams& params) { return WgradProductOf<T>(params).fits(); }
+
+}  // namespace RF_VARIANT
+}  // namespace resnet_fused

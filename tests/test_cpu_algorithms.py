@@ -1,0 +1,199 @@
+"""The ways in which the C++ kernels cut a convolution up that small shapes do not meet: weights that outnumber the pixels
+(the weight gradient as one matrix product, output channels in groups), both gradients of a 1x1 in one pass, and weights of
+every layout. Small integers have exact sums, so one wrong index shows."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKENDS, on_every_backend
+from tolerances import assert_trusted
+
+from resnet_fused import primitives
+from resnet_fused.primitives import dispatch, reference
+from resnet_fused.primitives.layout import convolution_output_shape
+from resnet_fused.primitives.preact_conv_backward_1x1 import has_kernel
+
+CL = torch.channels_last
+CPU = [b for b in BACKENDS if b.startswith("cpu")]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+class Shape(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def geometry(self):
+        return self.stride, self.padding, self.dilation, 1
+
+
+FEW_PIXELS = [  # at least 64 K weights
+    Shape(1, 257, 3, 5, 260),  # an odd number of pixels, partial vectors on both sides
+    Shape(2, 40, 4, 4, 1700),  # several groups of output channels, forward
+    Shape(3, 1700, 3, 3, 40),  # and in the input gradient
+    Shape(2, 72, 7, 5, 104, (3, 3), (2, 2), (1, 1)),
+    Shape(2, 96, 5, 4, 80, (3, 3), (1, 1), (2, 2), (2, 2)),
+    Shape(1, 90, 4, 9, 85, (3, 3), (2, 1), (0, 3)),
+    Shape(9, 330, 5, 7, 200),  # more pixels than one pass takes
+]
+POINTWISE = [
+    Shape(1, 1, 1, 1, 1),
+    Shape(3, 8, 6, 5, 17),
+    Shape(2, 65, 9, 7, 33),
+    Shape(4, 64, 33, 32, 16),
+    Shape(1, 257, 3, 5, 260),
+]
+
+
+def name_of(value):
+    if isinstance(value, Shape):
+        return "x".join(map(str, (value.n, value.c, value.h, value.w))) + f"-k{value.k}-{value.kernel[0]}"
+    return str(value).removeprefix("torch.")
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bn_rows(c, dtype):
+    return torch.stack((torch.randn(c) * 0.3, torch.rand(c) + 0.5, torch.randn(c), torch.randn(c))).to(acc(dtype))
+
+
+def tensors(shape, dtype, make):
+    x = make(shape.n, shape.c, shape.h, shape.w).to(dtype).contiguous(memory_format=CL)
+    weight = make(shape.k, shape.c, *shape.kernel).to(dtype)
+    size = convolution_output_shape(x.shape, weight, *shape.geometry[:3])
+    return x, weight, make(*size).to(dtype).contiguous(memory_format=CL)
+
+
+def sparse_integers(*size):
+    return torch.randint(-1, 2, size) * (torch.rand(size) < 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS, ids=name_of)
+def test_integers_of_few_pixels_are_exact(shape, dtype):
+    x, weight, dy = tensors(shape, dtype, sparse_integers)
+    identity = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=acc(dtype)).view(4, 1).expand(4, shape.c).contiguous()
+    a = x.double().clamp_min(0)
+    y = F.conv2d(a, weight.double(), None, *shape.geometry)
+    da, dw, _ = torch.ops.aten.convolution_backward(
+        dy.double(), a, weight.double(), None, *shape.geometry[:3], False, [0, 0], 1, [True, True, False]
+    )
+    dz = torch.where(x > 0, da, 0.0)
+    assert max(t.abs().max() for t in (y, dz, dw)) <= 256  # what bfloat16 holds exactly
+
+    def check(backend):
+        out, _ = primitives.preact_conv_forward(x, identity, weight, None, None, 0.0, *shape.geometry, True)
+        assert torch.equal(out.double(), y)
+        out, sums = primitives.preact_conv_dgrad(dy, weight, x, identity, None, 0.0, *shape.geometry)
+        assert torch.equal(out.double(), dz)
+        assert torch.equal(sums.double(), torch.stack((dz.sum((0, 2, 3)), (dz * x.double()).sum((0, 2, 3)))))
+        out, dbias = primitives.preact_conv_wgrad(dy, x, identity, weight, 0.0, *shape.geometry, True)
+        assert torch.equal(out.double(), dw)
+        assert torch.equal(dbias.double(), dy.double().sum((0, 2, 3)))
+
+    on_every_backend(check)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS, ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_accuracy_of_few_pixels(backend, shape, dtype):
+    x, weight, dy = tensors(shape, dtype, torch.randn)
+    bn = bn_rows(shape.c, dtype)
+    args = (dy, x, bn, weight, 0.1, *shape.geometry, True)
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
+    terms = reference.preact_conv_wgrad(
+        wide[0].abs(), reference.bn_act_forward(x, bn, 0.1).double().abs(), None, wide[3], 0.0, *args[5:]
+    )
+    results, plain = primitives.preact_conv_wgrad(*args), reference.preact_conv_wgrad(*args)
+    oracle = reference.preact_conv_wgrad(*wide)
+    for name, *values in zip(("dweight", "dbias"), results, plain, oracle, terms, strict=True):
+        assert_trusted(*values[:3], name, values[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS[:4], ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
+    x, weight, dy = tensors(shape, dtype, torch.randn)
+    bn = bn_rows(shape.c, dtype)
+
+    def everything():
+        results = [
+            *primitives.preact_conv_forward(x, bn, weight, None, None, 0.0, *shape.geometry, True),
+            *primitives.preact_conv_dgrad(dy, weight, x, bn, None, 0.0, *shape.geometry),
+            *primitives.preact_conv_wgrad(dy, x, bn, weight, 0.0, *shape.geometry, True),
+        ]
+        if shape.kernel == (1, 1):
+            results += primitives.preact_conv_backward_1x1(dy, weight, x, bn, None, 0.0, True)
+        return results
+
+    threads(2)
+    first = everything()
+    for count in (2, 1, 3):
+        threads(count)
+        for a, b in zip(first, everything(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", POINTWISE, ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_both_gradients_of_1x1(backend, shape, dtype, joined, masters):
+    """What dgrad and wgrad give, bit for bit; the sums, added up in another order, to rounding."""
+    x, weight, dy = tensors(shape, dtype, torch.randn)
+    weight = weight.to(acc(dtype)) if masters else weight
+    bn, dz_in = bn_rows(shape.c, dtype), torch.randn_like(x) if joined else None
+    assert dispatch.choose(
+        "preact_conv_backward_1x1", "cpu", dtype,
+        dispatch.ConvGeometry(tuple(x.shape), tuple(weight.shape), *shape.geometry),
+    ).backend == "cpu"  # fmt: skip
+    dz, sums, dweight, dbias = primitives.preact_conv_backward_1x1(dy, weight, x, bn, dz_in, 0.1, True)
+    apart_dz, apart_sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, 0.1, *shape.geometry)
+    apart_dweight, apart_dbias = primitives.preact_conv_wgrad(dy, x, bn, weight, 0.1, *shape.geometry, True)
+    assert torch.equal(dz, apart_dz)
+    assert torch.equal(dweight, apart_dweight) and dweight.dtype == weight.dtype
+    assert torch.equal(dbias, apart_dbias) and dbias.dtype == weight.dtype
+    oracle = dz.double(), (x.double() - bn[0].view(1, -1, 1, 1)) * bn[1].view(1, -1, 1, 1)
+    both = torch.stack((oracle[0].sum((0, 2, 3)), (oracle[0] * oracle[1]).sum((0, 2, 3))))
+    terms = torch.stack((oracle[0].abs().sum((0, 2, 3)), (oracle[0] * oracle[1]).abs().sum((0, 2, 3))))
+    assert_trusted(sums, apart_sums, both, "sums", terms)
+
+
+def test_both_gradients_of_1x1_where_there_is_no_kernel():
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=CL)
+    assert not has_kernel(x, torch.randn(4, 8, 1, 1), (2, 2), (0, 0), (1, 1), 1)
+    assert not has_kernel(x, torch.randn(4, 8, 1, 1), (1, 1), (1, 1), (1, 1), 1)
+    assert not has_kernel(x, torch.randn(4, 8, 3, 1), (1, 1), (0, 0), (1, 1), 1)
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_weights_of_every_layout(backend, kernel, parameters):
+    """Packed from any layout the weights are the same, direct (stride 2) and by Winograd's filtering (stride 1)."""
+    x = torch.randn(3, 37, 6, 6).to(torch.bfloat16).contiguous(memory_format=CL)
+    weight, bn = torch.randn(75, 37, kernel, kernel).to(parameters), bn_rows(37, torch.bfloat16)
+    layouts = [weight.contiguous(memory_format=CL), weight.transpose(0, 1).contiguous().transpose(0, 1)]
+    layouts.append(weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))  # output channels next to each other
+    for stride in (1, 2):
+        geometry = ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
+        y, _ = primitives.preact_conv_forward(x, bn, weight, None, None, 0.0, *geometry, False)
+        dz, _ = primitives.preact_conv_dgrad(y, weight, x, bn, None, 0.0, *geometry)
+        for other in layouts:
+            assert torch.equal(primitives.preact_conv_forward(x, bn, other, None, None, 0.0, *geometry, False)[0], y)
+            assert torch.equal(primitives.preact_conv_dgrad(y, other, x, bn, None, 0.0, *geometry)[0], dz)
