@@ -114,12 +114,9 @@ class DenseNet(nn.Module):
         for index in range(1, self.blocks + 1):
             block = getattr(features, f"denseblock{index}")
             after = getattr(features, f"transition{index}" if index < self.blocks else self.last_norm)
-            if self.fused:
-                x, x_stats = self._fused_block(block, x, after)
-            else:
-                x = block(x)
+            x, x_stats = self._through_block(block, x, after)
             if index < self.blocks:
-                x = after(x, x_stats) if self.fused and not units.has_hooks(after) else after(x)
+                x = after(x) if x_stats is None else after(x, x_stats)
         norm = getattr(features, self.last_norm)
         if self.fused:
             x = units.norm_with_stats(norm, x, x_stats, self.negative_slope)
@@ -128,12 +125,15 @@ class DenseNet(nn.Module):
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not
         return self.classifier(x)
 
-    def _fused_block(self, block: nn.Module, x: Tensor, after: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """A block's output, and its statistics if ``after`` will use them."""
+    def _through_block(
+        self, block: nn.Module, x: Tensor, after: nn.Module
+    ) -> tuple[Tensor, Tensor | None]:
+        """A block's output, and its statistics if ``after``, a transition or the last norm, will use them."""
         if isinstance(after, units.StatsModule):
             wanted = after.wants_stats()
         else:
-            wanted = units.is_fusable(after) and units.uses_batch_statistics(after)
-        if not wanted or units.has_hooks(block):
+            wanted = isinstance(after, nn.BatchNorm2d) and units.is_fusable(after)
+            wanted = wanted and units.uses_batch_statistics(after)
+        if not wanted or not isinstance(block, dense.DenseBlock) or units.has_hooks(block):
             return block(x), None
         return block(x, return_stats=True)
