@@ -11,13 +11,21 @@ from tolerances import assert_trusted
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.models import DenseNet, PreActResNetCifar, ResNet, WideResNetCifar, create_model, list_models
+from resnet_fused.models import (
+    DenseNet,
+    PreActResNetCifar,
+    ResNet,
+    WideResNetCifar,
+    create_model,
+    list_models,
+)
 from resnet_fused.nn.reference import ORDERS, SHORTCUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Millions of parameters, with as many digits as printed: He et al. 2015, table 6, and 2016, section 5 (CIFAR);
-#: Zagoruyko and Komodakis, tables 4 and 5; Huang et al., table 2; torchvision's documentation (ImageNet).
+#: Millions of parameters, with as many digits as printed: He et al. 2015, table 6, and 2016, section 5
+#: (CIFAR); Zagoruyko and Komodakis, tables 4 and 5; Huang et al., table 2; torchvision's documentation
+#: (ImageNet).
 PUBLISHED = {
     "resnet20_cifar": 0.27, "resnet32_cifar": 0.46, "resnet44_cifar": 0.66, "resnet56_cifar": 0.85,
     "resnet110_cifar": 1.7, "resnet164_cifar": 1.7, "resnet1202_cifar": 19.4,
@@ -28,9 +36,11 @@ PUBLISHED = {
     "resnet18": 11.7, "resnet34": 21.8, "resnet50": 25.6, "resnet101": 44.5, "resnet152": 60.2,
     "densenet121": 8.0, "densenet169": 14.1, "densenet201": 20.0,
 }  # fmt: skip
-#: Exact counts, from the nets' definitions: He et al. 2015 with option A on CIFAR-10 (no parameters in shortcuts).
-EXACT = {"resnet20_cifar": 269_722, "resnet110_cifar": 1_727_962, "resnet50": 25_557_032, "densenet121": 7_978_856,
-         "densenet_bc100_12_cifar": 769_162, "wrn28_10_cifar": 36_479_194}  # fmt: skip
+#: Exact counts that other implementations print of the same nets (CIFAR: shortcuts A, ten classes).
+EXACT = {
+    "resnet20_cifar": 269_722, "resnet110_cifar": 1_727_962, "wrn28_10_cifar": 36_479_194,
+    "densenet_bc100_12_cifar": 769_162, "resnet50": 25_557_032, "densenet121": 7_978_856,
+}  # fmt: skip
 
 
 def parameters(model: nn.Module) -> int:
@@ -107,7 +117,11 @@ def test_every_name_gives_its_net(name):
 @pytest.mark.parametrize("name", ["resnet1001_cifar", "preact_resnet1001_cifar"])
 def test_published_size_of_the_1001_layers(name):
     """10.2 M are the weights of the layers; with gamma and beta of 1,000 norms it is 10.3."""
-    layers = [m for m in create_model(name, fused=False, device="meta").modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = [
+        m
+        for m in create_model(name, fused=False, device="meta").modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
     assert round(sum(map(parameters, layers)) / 1e6, 1) == 10.2
 
 
@@ -115,7 +129,8 @@ def depth_of(model: nn.Module) -> int:
     """Layers with weights on the way through, those of shortcuts and gates left out."""
     aside = ("shortcut", "downsample.0", "gate")
     return sum(
-        isinstance(module, (nn.Conv2d, nn.Linear)) and not name.endswith(aside) for name, module in model.named_modules()
+        isinstance(module, (nn.Conv2d, nn.Linear)) and not name.endswith(aside)
+        for name, module in model.named_modules()
     )
 
 
@@ -131,18 +146,27 @@ def test_depth_is_the_number_of_layers(name):
 
 def test_defaults_of_the_papers():
     """2015: A on CIFAR, B on ImageNet; 2016: bottlenecks project where they change dimensions."""
-    assert isinstance(create_model("resnet20_cifar", device="meta").layer2[0].downsample, rf.reference.ZeroPaddedIdentity)
+    assert isinstance(
+        create_model("resnet20_cifar", device="meta").layer2[0].downsample, rf.reference.ZeroPaddedIdentity
+    )
     assert isinstance(create_model("resnet164_cifar", device="meta").layer1[0].downsample[0], nn.Conv2d)
     model = create_model("preact_resnet50", device="meta")
     assert not hasattr(model.layer1[0], "bn1") and model.layer2[0].conv2.stride == (2, 2)
     assert create_model("resnet164_cifar", device="meta").layer2[0].conv1.stride == (2, 2)
     ordered = create_model("resnet20_cifar", order="full_preactivation", device="meta")
-    assert ordered.layer1[0].preactivation == "shared" and hasattr(ordered, "bn") and not hasattr(ordered, "bn1")
+    assert (
+        ordered.layer1[0].preactivation == "shared" and hasattr(ordered, "bn") and not hasattr(ordered, "bn1")
+    )
 
 
 def test_nets_whose_units_have_fused_twins():
     """The options' own defaults keep them; so do the keys of what existed before."""
-    same = {"order": "full_preactivation", "shortcut": "identity", "projection": "B", "first_activation": "residual"}
+    same = {
+        "order": "full_preactivation",
+        "shortcut": "identity",
+        "projection": "B",
+        "first_activation": "residual",
+    }
     for options in ({}, same, {"shortcut_options": {}}):
         assert type(create_model("preact_resnet20_cifar", device="meta", **options)) is PreActResNetCifar
         assert type(create_model("wrn16_4_cifar", device="meta", dropout=0.0, **options)) is WideResNetCifar
@@ -155,7 +179,8 @@ def test_nets_whose_units_have_fused_twins():
 
 @pytest.mark.parametrize("name, options", [
     ("resnet20_cifar", {}), ("plain20_cifar", {}), ("preact_resnet20_cifar", {"projection": "A"}),
-    ("resnet20_cifar", {"shortcut": "exclusive_gating", "shortcut_options": {"gate_bias": -3, "gate_std": 0.1}}),
+    ("resnet20_cifar",
+     {"shortcut": "exclusive_gating", "shortcut_options": {"gate_bias": -3, "gate_std": 0.1}}),
 ])  # fmt: skip
 def test_same_seed_same_parameters(name, options):
     made = []
@@ -178,7 +203,8 @@ def test_every_order_with_every_shortcut(order, shortcut):
 
 @pytest.mark.parametrize("options", [
     {"block": "bottleneck", "projection": "B"},
-    {"block": "bottleneck", "projection": "B", "order": "full_preactivation", "stem": "imagenet", "stride_in": "3x3"},
+    {"block": "bottleneck", "projection": "B", "order": "full_preactivation", "stem": "imagenet",
+     "stride_in": "3x3"},
     {"block": "bottleneck", "projection": "A", "order": "relu_only_preactivation", "stem": "imagenet"},
     {"projection": "B", "stem": "imagenet"},
     {"projection": "B", "order": "full_preactivation", "first_activation": "residual"},
@@ -232,7 +258,9 @@ def test_trust_rule(make, options):
         assert_trusted(*values, name=f"training={training}")
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "relu_only_preactivation"}, {"shortcut": "shortcut_only_gating"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"order": "relu_only_preactivation"}, {"shortcut": "shortcut_only_gating"}]
+)
 def test_verified(options):
     """Outputs, gradients and running statistics, as rf.verify has it."""
     result = rf.verify(randomize(net(projection="A", **options)), images())
@@ -246,7 +274,10 @@ FUSED = {
     ("bn_after_addition", "identity"): {"ConvOp": 3},
     ("relu_before_addition", "identity"): {"ConvOp": 3},
     ("relu_only_preactivation", "identity"): {"ConvOp": 3},
-    ("full_preactivation", "identity"): {"UnitOp": 1, "ConvOp": 3},  # the first unit and that with A are two or one each
+    ("full_preactivation", "identity"): {
+        "UnitOp": 1,
+        "ConvOp": 3,
+    },  # the first unit and that with A are two or one each
     ("full_preactivation", "conv"): {"UnitOp": 3},
     ("full_preactivation", "dropout"): {"ConvOp": 5},
     ("full_preactivation", "constant_scaling"): {"ConvOp": 5},
@@ -319,7 +350,9 @@ def test_compiled_net_is_one_graph(make):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make, options", [(net, {}), (net, {"shortcut": "exclusive_gating"}), (wide, {}), (dense, {})])
+@pytest.mark.parametrize(
+    "make, options", [(net, {}), (net, {"shortcut": "exclusive_gating"}), (wide, {}), (dense, {})]
+)
 def test_autocast(make, options):
     fused, plain = both(make, **options)
     x = images()
@@ -347,7 +380,9 @@ def test_a_net_is_its_units(order):
 
         unit.register_forward_hook(note)
     model(images(dtype=torch.float64))
-    assert list(inputs) == [name for name, _ in model.residual_units()] == ["layer1.0", "layer2.0", "layer2.1"]
+    assert (
+        list(inputs) == [name for name, _ in model.residual_units()] == ["layer1.0", "layer2.0", "layer2.1"]
+    )
     before = None
     for name, unit in model.residual_units():
         x, out = inputs[name]
@@ -362,7 +397,9 @@ def torchvision_twin(name):
     return models.get_model(name, weights=None)
 
 
-@pytest.mark.parametrize("name", [f"resnet{d}" for d in (18, 34, 50, 101, 152)] + [f"densenet{d}" for d in (121, 169, 201)])
+@pytest.mark.parametrize(
+    "name", [f"resnet{d}" for d in (18, 34, 50, 101, 152)] + [f"densenet{d}" for d in (121, 169, 201)]
+)
 def test_keys_are_torchvisions(name):
     with torch.device("meta"):
         theirs = torchvision_twin(name).state_dict()
@@ -384,25 +421,57 @@ def test_checkpoints_of_torchvision(name):
         for fused in (True, False):
             ours = create_model(name, fused=fused).eval()
             ours.load_state_dict(theirs.state_dict())
-            # 1e-5 of the largest: float32 through up to 120 layers, in another order; a wrong layer gives > 1e-1
+            # 1e-5 of the largest: float32 through up to 120 layers, in another order; a wrong layer gives >
+            # 1e-1
             torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("resnet20_cifar", {"shortcuts": "conv"}, "resnet20_cifar has no option 'shortcuts': its options are order, shortcut,"),
-    ("densenet121", {"order": "original"}, "densenet121 has no option 'order': its options are dropout, unit_options"),
-    ("plain20_cifar", {"shortcut": "identity"}, "a plain net has no shortcuts, so it takes no shortcut: use 'resnet20_cifar'"),
-    ("plain20_cifar", {"projection": "B"}, "takes no projection"),
-    ("resnet20_cifar", {"order": "bn_first"}, "order should be one of"),
-    ("resnet20_cifar", {"first_activation": "residual"}, "first_activation is an option of pre-activation orders"),
-    ("preact_resnet18", {"first_activation": "residual"}, "the ImageNet stem activates before its max pool"),
-    ("preact_resnet20_cifar", {"first_activation": "none"}, "first_activation should be one of 'before_split', 'residual'"),
-    ("preact_resnet20_cifar", {"shortcut_options": {"p": 0.5}}, "shortcut 'identity' has no option 'p'"),
-    ("resnet20_cifar", {"shortcut": "conv", "projection": "A"}, "projection 'A' has no place"),
-    ("preact_resnet20_cifar", {"shortcut": "dropout", "projection": "C"}, "leaves 'dropout' nothing to act on"),
-    ("wrn16_4_cifar", {"dropout": 1.5}, r"dropout should be in \[0, 1\)"),
-    ("densenet_bc100_12_cifar", {"dropout": -0.1}, r"dropout should be in \[0, 1\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        (
+            "resnet20_cifar",
+            {"shortcuts": "conv"},
+            "resnet20_cifar has no option 'shortcuts': its options are order, shortcut,",
+        ),
+        (
+            "densenet121",
+            {"order": "original"},
+            "densenet121 has no option 'order': its options are dropout, unit_options",
+        ),
+        (
+            "plain20_cifar",
+            {"shortcut": "identity"},
+            "a plain net has no shortcuts, so it takes no shortcut: use 'resnet20_cifar'",
+        ),
+        ("plain20_cifar", {"projection": "B"}, "takes no projection"),
+        ("resnet20_cifar", {"order": "bn_first"}, "order should be one of"),
+        (
+            "resnet20_cifar",
+            {"first_activation": "residual"},
+            "first_activation is an option of pre-activation orders",
+        ),
+        (
+            "preact_resnet18",
+            {"first_activation": "residual"},
+            "the ImageNet stem activates before its max pool",
+        ),
+        (
+            "preact_resnet20_cifar",
+            {"first_activation": "none"},
+            "first_activation should be one of 'before_split', 'residual'",
+        ),
+        ("preact_resnet20_cifar", {"shortcut_options": {"p": 0.5}}, "shortcut 'identity' has no option 'p'"),
+        ("resnet20_cifar", {"shortcut": "conv", "projection": "A"}, "projection 'A' has no place"),
+        (
+            "preact_resnet20_cifar",
+            {"shortcut": "dropout", "projection": "C"},
+            "leaves 'dropout' nothing to act on",
+        ),
+        ("wrn16_4_cifar", {"dropout": 1.5}, r"dropout should be in \[0, 1\)"),
+        ("densenet_bc100_12_cifar", {"dropout": -0.1}, r"dropout should be in \[0, 1\)"),
+    ],
+)
 def test_combinations_without_meaning(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, device="meta", **options)

@@ -77,7 +77,10 @@ def test_constant_scaling(order, scales):
 @pytest.mark.parametrize("kind", ["exclusive_gating", "shortcut_only_gating"])
 def test_gates(order, kind):
     """g = sigmoid(W_g x + b_g), one value for each element; 1 - g on the shortcut, g on F or 1."""
-    u, x = unit(6, 6, order=order, shortcut=kind, shortcut_options={"gate_bias": -1.0, "gate_std": 0.5}), image(6)
+    u, x = (
+        unit(6, 6, order=order, shortcut=kind, shortcut_options={"gate_bias": -1.0, "gate_std": 0.5}),
+        image(6),
+    )
     weight = u.gate.weight[:, :, 0, 0]
     g = 1 / (1 + torch.exp(-(torch.einsum("kc,nchw->nkhw", weight, x) + u.gate.bias.view(1, -1, 1, 1))))
     f = residual(u, x, order)
@@ -88,10 +91,12 @@ def test_gates(order, kind):
 
 
 def test_initial_gates():
-    """-6 is the best of the paper's search; the weights are drawn like those of other convolutions if not told."""
+    """-6 is the best of the paper's search."""
     u = ResidualUnit(64, 64, shortcut="exclusive_gating")
     assert (u.gate.bias == -6).all() and u.gate.weight.shape == (64, 64, 1, 1)
-    u = ResidualUnit(64, 64, shortcut="shortcut_only_gating", shortcut_options={"gate_bias": 0, "gate_std": 0.01})
+    u = ResidualUnit(
+        64, 64, shortcut="shortcut_only_gating", shortcut_options={"gate_bias": 0, "gate_std": 0.01}
+    )
     assert (u.gate.bias == 0).all() and u.gate.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
 
@@ -143,8 +148,9 @@ def test_zero_padded_identity(size):
 @pytest.mark.parametrize("projection", ["A", "B"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_where_dimensions_change(order, projection):
-    """A: the raw x, subsampled and padded. B: a 1x1 convolution, of the activation in pre-activation units; with a
-    norm except where none belongs (full pre-activation, whose norms come before; BN after addition)."""
+    """A: the raw x, subsampled and padded. B: a 1x1 convolution, of the activation in pre-activation units;
+    with a norm except where none belongs (full pre-activation, whose norms come before; BN after
+    addition)."""
     u, x = unit(4, 6, 2, order=order, projection=projection), image(4)
     h, f = u.terms(x)
     torch.testing.assert_close(f, residual(u, x, order, 2))
@@ -162,7 +168,7 @@ def test_where_dimensions_change(order, projection):
 
 @pytest.mark.parametrize("order", PREACTIVATION)
 def test_first_unit(order):
-    """"shared": the activation comes before the paths split. "none": it came with x."""
+    """ "shared": the activation comes before the paths split. "none": it came with x."""
     shared, x = unit(6, 6, order=order, preactivation="shared"), image(6)
     a = torch.relu(normed(x, shared.bn1) if order == "full_preactivation" else x)
     h, f = shared.terms(x)
@@ -185,7 +191,10 @@ def test_geometry(block, stride_in):
 
 
 def test_pre_activation_unit_is_the_one_that_has_a_fused_twin():
-    for block, twin in (("basic", rf.reference.PreActBasicBlock), ("bottleneck", rf.reference.PreActBottleneck)):
+    for block, twin in (
+        ("basic", rf.reference.PreActBasicBlock),
+        ("bottleneck", rf.reference.PreActBottleneck),
+    ):
         for stride in (1, 2):
             u, v = unit(8, 8, stride, block=block, order="full_preactivation"), twin(8, 8, stride).double()
             assert list(u.state_dict()) == list(v.state_dict())
@@ -235,26 +244,44 @@ def test_a_unit_is_its_terms(order, shortcut, block):
     assert h.shape == f.shape and torch.equal(u(x), u.after_addition(f + h))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"order": "post"}, r"order should be one of 'original', .*, but got 'post'"),
-    ({"shortcut": "highway"}, r"shortcut should be one of 'identity', .*, but got 'highway'"),
-    ({"projection": "D"}, "projection should be one of 'A', 'B', 'C', but got 'D'"),
-    ({"block": "wide"}, "block should be one of 'basic', 'bottleneck', but got 'wide'"),
-    ({"stride_in": "5x5"}, "stride_in should be one of '1x1', '3x3', but got '5x5'"),
-    ({"dropout": 1.0}, r"dropout should be in \[0, 1\), but got 1.0"),
-    ({"shortcut_options": {"p": 0.1}}, "shortcut 'identity' has no option 'p': it has no options"),
-    ({"shortcut": "dropout", "shortcut_options": {"rate": 0.1}}, "no option 'rate': its options are p"),
-    ({"shortcut": "dropout", "shortcut_options": {"p": 1}}, r"p, .* should be in \[0, 1\), but got 1"),
-    ({"shortcut": "constant_scaling", "shortcut_options": {"shortcut_scale": float("nan")}}, "finite number, but got nan"),
-    ({"shortcut": "exclusive_gating", "shortcut_options": {"gate_bias": "-6"}}, "gate_bias should be a finite number"),
-    ({"shortcut": "exclusive_gating", "shortcut_options": {"gate_std": -1}}, "gate_std should not be negative"),
-    ({"shortcut": "exclusive_gating", "shortcut_options": {"gate_input": "y"}}, "should be 'x' or 'preactivation'"),
-    ({"shortcut": "exclusive_gating", "shortcut_options": {"gate_input": "preactivation"}}, "have none, use 'x'"),
-    ({"shortcut": "dropout", "projection": "C"}, "leaves 'dropout' nothing to act on: use 'A' or 'B'"),
-    ({"shortcut": "none", "projection": "C"}, "leaves 'none' nothing to act on"),
-    ({"shortcut": "conv", "projection": "A"}, "projection 'A' has no place"),
-    ({"preactivation": "shared"}, "units of order 'original' do not activate their input"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"order": "post"}, r"order should be one of 'original', .*, but got 'post'"),
+        ({"shortcut": "highway"}, r"shortcut should be one of 'identity', .*, but got 'highway'"),
+        ({"projection": "D"}, "projection should be one of 'A', 'B', 'C', but got 'D'"),
+        ({"block": "wide"}, "block should be one of 'basic', 'bottleneck', but got 'wide'"),
+        ({"stride_in": "5x5"}, "stride_in should be one of '1x1', '3x3', but got '5x5'"),
+        ({"dropout": 1.0}, r"dropout should be in \[0, 1\), but got 1.0"),
+        ({"shortcut_options": {"p": 0.1}}, "shortcut 'identity' has no option 'p': it has no options"),
+        ({"shortcut": "dropout", "shortcut_options": {"rate": 0.1}}, "no option 'rate': its options are p"),
+        ({"shortcut": "dropout", "shortcut_options": {"p": 1}}, r"p, .* should be in \[0, 1\), but got 1"),
+        (
+            {"shortcut": "constant_scaling", "shortcut_options": {"shortcut_scale": float("nan")}},
+            "finite number, but got nan",
+        ),
+        (
+            {"shortcut": "exclusive_gating", "shortcut_options": {"gate_bias": "-6"}},
+            "gate_bias should be a finite number",
+        ),
+        (
+            {"shortcut": "exclusive_gating", "shortcut_options": {"gate_std": -1}},
+            "gate_std should not be negative",
+        ),
+        (
+            {"shortcut": "exclusive_gating", "shortcut_options": {"gate_input": "y"}},
+            "should be 'x' or 'preactivation'",
+        ),
+        (
+            {"shortcut": "exclusive_gating", "shortcut_options": {"gate_input": "preactivation"}},
+            "have none, use 'x'",
+        ),
+        ({"shortcut": "dropout", "projection": "C"}, "leaves 'dropout' nothing to act on: use 'A' or 'B'"),
+        ({"shortcut": "none", "projection": "C"}, "leaves 'none' nothing to act on"),
+        ({"shortcut": "conv", "projection": "A"}, "projection 'A' has no place"),
+        ({"preactivation": "shared"}, "units of order 'original' do not activate their input"),
+    ],
+)
 def test_combinations_without_meaning(options, message):
     with pytest.raises(ValueError, match=message):
         ResidualUnit(4, 4, **options)

@@ -1,5 +1,5 @@
-"""DenseNet-BC (Huang, Liu, van der Maaten and Weinberger, "Densely Connected Convolutional Networks", CVPR 2017,
-arXiv:1608.06993)."""
+"""DenseNet-BC (Huang, Liu, van der Maaten and Weinberger, "Densely Connected Convolutional Networks", CVPR
+2017, arXiv:1608.06993)."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ def dense_layers(depth: int) -> int:
 
 
 class DenseNet(nn.Module):
-    """Convolution, dense blocks with transitions that halve channels and resolution, BN -> ReLU, average pool, linear.
+    """Convolution, dense blocks with transitions that halve channels and resolution, BN -> ReLU, average
+    pool, linear.
 
-    Children: ``features`` (``conv0``, with the ImageNet stem ``norm0``, ``denseblock1``, ``transition1``, ..., the last
-    norm) and ``classifier``: the keys of the ``state_dict`` are those of torchvision's DenseNets.
+    Children: ``features`` (``conv0``, with the ImageNet stem ``norm0``, ``denseblock1``, ``transition1``,
+    ..., the last norm) and ``classifier``: the keys of the ``state_dict`` are those of torchvision's
+    DenseNets.
 
     Args:
         layers: layers of each block.
         growth: the growth rate k.
-        stem: "cifar" (a 3x3 convolution) or "imagenet" (7x7 with stride 2, BN, ReLU, 3x3 max pool with stride 2); either
-            gives 2k channels.
+        stem: "cifar" (a 3x3 convolution) or "imagenet" (7x7 with stride 2, BN, ReLU, 3x3 max pool with stride
+            2); either gives 2k channels.
         num_classes: outputs.
         in_channels: channels of the images.
         fused: layers of :mod:`resnet_fused.nn` that share the statistics of what they read.
         dropout: share of each layer's output that is zeroed (the paper: 0.2 without data augmentation).
-        unit_options: keyword arguments of every layer and transition: eps, momentum, affine, track_running_stats,
-            negative_slope, bias.
+        unit_options: keyword arguments of every layer and transition: eps, momentum, affine,
+            track_running_stats, negative_slope, bias.
         device, dtype: of the parameters.
 
     Shape:
@@ -125,9 +127,7 @@ class DenseNet(nn.Module):
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not
         return self.classifier(x)
 
-    def _through_block(
-        self, block: nn.Module, x: Tensor, after: nn.Module
-    ) -> tuple[Tensor, Tensor | None]:
+    def _through_block(self, block: nn.Module, x: Tensor, after: nn.Module) -> tuple[Tensor, Tensor | None]:
         """A block's output, and its statistics if ``after``, a transition or the last norm, will use them."""
         if isinstance(after, units.StatsModule):
             wanted = after.wants_stats()

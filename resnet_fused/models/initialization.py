@@ -1,4 +1,5 @@
-"""Initial parameters of the nets, as in the authors' code (He et al. 2015, "Delving Deep into Rectifiers")."""
+"""Initial parameters of the nets, as in the authors' code (He et al. 2015, "Delving Deep into
+Rectifiers")."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ __all__ = ["initialize"]
 def initialize(net: nn.Module) -> None:
     """Draw all parameters anew, in the order of the modules.
 
-    Convolutions N(0, sqrt(2 / (k k n_out))), norms 1 and 0, linear layers PyTorch's weights and a bias of 0, gates of
-    shortcuts the bias (and standard deviation) of their options.
+    Convolutions N(0, sqrt(2 / (k k n_out))), norms 1 and 0, linear layers PyTorch's weights and a bias of 0,
+    gates of shortcuts the bias (and standard deviation) of their options.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

@@ -87,7 +87,8 @@ class PreActStages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             x = self._fused_stages(x)
-            # A mean whose gradient is scaled before it is spread over the pixels, where pooling's fills two images.
+            # A mean whose gradient is scaled before it is spread over the pixels, where pooling's fills two
+            # images.
             pixels = x.shape[2] * x.shape[3]
             x = (x.sum((2, 3), dtype=acc_dtype(x.dtype)) / pixels).to(x.dtype)
         else:

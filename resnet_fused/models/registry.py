@@ -42,7 +42,7 @@ _SHAPING = {
 
 
 def _projection(given: dict[str, Any], default: str) -> dict[str, Any]:
-    """The projection of a net: that of its name, unless another one or a shortcut that has its own was asked for."""
+    """The projection: that of the name, unless another one, or a shortcut that is one, was asked for."""
     if given.get("shortcut") == "conv":
         default = "C"
     return {"projection": default, **given}
@@ -167,18 +167,19 @@ def create_model(
     """A net by its name, with fresh parameters.
 
     Args:
-        name: one of :func:`list_models`. For 32x32 images: ``resnet{depth}_cifar`` (2015), ``preact_resnet{depth}_cifar``
-            (2016), with basic units for depths 20, 32, 44, 56, 110 and 1202 and bottlenecks for 29, 164 and 1001,
-            ``plain{depth}_cifar``, ``wrn{depth}_{width}_cifar``, ``densenet_bc{depth}_{growth}_cifar``. For ImageNet:
-            ``resnet{depth}``, ``preact_resnet{depth}``, ``densenet{depth}``.
+        name: one of :func:`list_models`. For 32x32 images: ``resnet{depth}_cifar`` (2015),
+            ``preact_resnet{depth}_cifar`` (2016), with basic units for depths 20, 32, 44, 56, 110 and 1202
+            and bottlenecks for 29, 164 and 1001, ``plain{depth}_cifar``, ``wrn{depth}_{width}_cifar``,
+            ``densenet_bc{depth}_{growth}_cifar``. For ImageNet: ``resnet{depth}``, ``preact_resnet{depth}``,
+            ``densenet{depth}``.
         num_classes: outputs; by default those of the data set, 10 or 1000.
-        fused: fused operators wherever they apply; False builds the same net of plain ``nn.Module`` units, with
-            the same ``state_dict`` keys and, after the same seed, the same parameters.
+        fused: fused operators wherever they apply; False builds the same net of plain ``nn.Module`` units,
+            with the same ``state_dict`` keys and, after the same seed, the same parameters.
         in_channels: channels of the images.
-        options: ``device``, ``dtype``; for ResNets ``shortcut``, ``shortcut_options``, ``order``, ``projection``,
-            ``first_activation``, ``stride_in``, ``dropout``, ``unit_options`` (see
-            :class:`resnet_fused.models.ResNet` and :class:`resnet_fused.reference.ResidualUnit`); for DenseNets
-            ``dropout``, ``unit_options``. The defaults are what the net's paper did.
+        options: ``device``, ``dtype``; for ResNets ``shortcut``, ``shortcut_options``, ``order``,
+            ``projection``, ``first_activation``, ``stride_in``, ``dropout``, ``unit_options`` (see
+            :class:`resnet_fused.models.ResNet` and :class:`resnet_fused.reference.ResidualUnit`); for
+            DenseNets ``dropout``, ``unit_options``. The defaults are what the net's paper did.
 
     Raises:
         ValueError: an unknown name (the message has the nearest ones), an unknown option, or a combination of

@@ -1,8 +1,8 @@
-"""ResNets of any unit: original and pre-activation, every shortcut and activation order, for small images and for
-ImageNet.
+"""ResNets of any unit: original and pre-activation, every shortcut and activation order, for small images and
+for ImageNet.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016, arXiv:1512.03385) and "Identity
-Mappings in Deep Residual Networks" (ECCV 2016, arXiv:1603.05027).
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016, arXiv:1512.03385) and
+"Identity Mappings in Deep Residual Networks" (ECCV 2016, arXiv:1603.05027).
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ _NORM_OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
 class ResNet(nn.Module):
     """Convolution, stages of :class:`resnet_fused.reference.ResidualUnit`, global average pool, linear layer.
 
-    Children: ``conv1``, ``bn1`` (the stem's norm, where the order has one), ``layer1``, ``layer2``, ... (stages of
-    units), ``bn`` (the last norm, with full pre-activation), ``fc``. With original units and the ImageNet stem the
-    keys of the ``state_dict`` are those of torchvision's ResNets.
+    Children: ``conv1``, ``bn1`` (the stem's norm, where the order has one), ``layer1``, ``layer2``, ...
+    (stages of units), ``bn`` (the last norm, with full pre-activation), ``fc``. With original units and the
+    ImageNet stem the keys of the ``state_dict`` are those of torchvision's ResNets.
 
-    The first and the last unit (appendix of the 2016 paper): a pre-activation net activates right after its first
-    convolution, before the two paths split, and once more after the last addition.
+    The first and the last unit (appendix of the 2016 paper): a pre-activation net activates right after its
+    first convolution, before the two paths split, and once more after the last addition.
 
     Args:
         blocks: units in each stage.
         widths: channels of the units' 3x3 convolutions in each stage.
         block: "basic" or "bottleneck".
-        stem: "cifar" (a 3x3 convolution) or "imagenet" (7x7 with stride 2, BN, ReLU, 3x3 max pool with stride 2).
+        stem: "cifar" (a 3x3 convolution) or "imagenet" (7x7 with stride 2, BN, ReLU, 3x3 max pool with stride
+            2).
         stem_channels: channels of the first convolution.
         num_classes: outputs.
         in_channels: channels of the images.
         fused: let :func:`resnet_fused.fuse` put fused operators wherever they apply.
         order, shortcut, shortcut_options, projection, stride_in, dropout: see ResidualUnit.
         first_activation: of pre-activation orders with the CIFAR stem. "before_split": the paper's rule;
-            "residual": the first unit is like the others. The ImageNet stem always activates before the split.
+            "residual": the first unit is like the others. The ImageNet stem always activates before the
+            split.
         unit_options: further keyword arguments of every unit: eps, momentum, affine, track_running_stats,
             negative_slope, bias.
         device, dtype: of the parameters.
@@ -94,7 +96,9 @@ class ResNet(nn.Module):
                     f"first_activation is an option of pre-activation orders, and {order!r} is none"
                 )
             if stem == "imagenet" and first_activation == "residual":
-                raise ValueError("the ImageNet stem activates before its max pool: first_activation is 'before_split'")
+                raise ValueError(
+                    "the ImageNet stem activates before its max pool: first_activation is 'before_split'"
+                )
         first = "residual"
         if activates and first_activation != "residual":
             first = "none" if stem == "imagenet" else "shared"

@@ -29,9 +29,9 @@ def wide_widths(width: int) -> tuple[int, int, int]:
 class WideResNetCifar(PreActStages):
     """WRN-depth-width: pre-activation units of two 3x3 convolutions, ``width`` times as many channels.
 
-    Without dropout; with it, see ``create_model("wrn28_10_cifar", dropout=0.3)``. Children, initialisation and the other
-    arguments are those of :class:`PreActResNetCifar`; where channels change, the shortcut is a 1x1 convolution of
-    the pre-activation, as in the authors' code.
+    Without dropout; with it, see ``create_model("wrn28_10_cifar", dropout=0.3)``. Children, initialisation
+    and the other arguments are those of :class:`PreActResNetCifar`; where channels change, the shortcut is a
+    1x1 convolution of the pre-activation, as in the authors' code.
 
     Args:
         depth: 6n + 4.

@@ -1,8 +1,9 @@
 """DenseNet's layers, blocks and transitions, fused: drop-in twins of those in :mod:`.reference.dense`.
 
-The norm of a dense layer reads a concatenation. Its statistics are those of the parts, side by side, and every part
-brings its own: the block's input once, each layer's output from the convolution that made it. So no pass over
-memory is spent on statistics, where a plain block reads each feature map once per layer behind it.
+The norm of a dense layer reads a concatenation. Its statistics are those of the parts, side by side, and
+every part brings its own: the block's input once, each layer's output from the convolution that made it. So
+no pass over memory is spent on statistics, where a plain block reads each feature map once per layer behind
+it.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class DenseBlock(dense.DenseBlock):
                 wanted = return_stats or any(
                     isinstance(later, StatsModule) and later.wants_stats() for later in layers[index + 1 :]
                 )
-                y, y_stats = layer(joined, known, return_stats=True) if wanted else (layer(joined, known), None)
+                y = layer(joined, known, return_stats=wanted)
+                y, y_stats = y if wanted else (y, None)
             features.append(y)
             stats.append(y_stats)
         joined = torch.cat(features, 1)

@@ -1,7 +1,7 @@
 """Plain ``nn.Module`` units, written as a textbook would, public as ``resnet_fused.reference``.
 
-They define what the fused modules of :mod:`resnet_fused.nn` compute, and the names of their parameters; the units
-that have no fused twin of their own are fused by :func:`resnet_fused.fuse`.
+They define what the fused modules of :mod:`resnet_fused.nn` compute, and the names of their parameters; the
+units that have no fused twin of their own are fused by :func:`resnet_fused.fuse`.
 """
 
 from .dense import DenseBlock, DenseLayer, DenseTransition

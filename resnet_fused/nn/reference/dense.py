@@ -1,8 +1,8 @@
 """DenseNet's layers, blocks and transitions, plain.
 
 Huang, Liu, van der Maaten and Weinberger, "Densely Connected Convolutional Networks" (CVPR 2017,
-arXiv:1608.06993): every layer reads the concatenation of all feature maps before it. The names of the parameters
-are those of torchvision's DenseNets.
+arXiv:1608.06993): every layer reads the concatenation of all feature maps before it. The names of the
+parameters are those of torchvision's DenseNets.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ __all__ = ["DenseBlock", "DenseLayer", "DenseTransition"]
 
 
 class DenseLayer(PreActModule):
-    """BN -> ReLU -> 1x1 convolution -> BN -> ReLU -> 3x3 convolution: the bottleneck layer, "B" of DenseNet-BC.
+    """BN -> ReLU -> 1x1 convolution -> BN -> ReLU -> 3x3 convolution: the bottleneck layer, "B" of
+    DenseNet-BC.
 
-    Children: ``norm1``, ``conv1`` (to ``4 * growth`` channels), ``norm2``, ``conv2`` (to ``growth`` channels).
+    Children: ``norm1``, ``conv1`` (to ``4 * growth`` channels), ``norm2``, ``conv2`` (to ``growth``
+    channels).
 
     Args:
         in_channels: channels of the concatenation that it reads.

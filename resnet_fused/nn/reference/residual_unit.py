@@ -2,8 +2,9 @@
 ``resnet_fused.reference``.
 
 x_{l+1} = f(h(x_l) + F(x_l)) (equations 1 and 2 of He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual
-Networks", ECCV 2016, arXiv:1603.05027). Section 3 and figure 2 of that paper vary h, section 4 and figure 4 the
-order of norms, activations and addition. :func:`resnet_fused.fuse` finds in it what fused operators compute.
+Networks", ECCV 2016, arXiv:1603.05027). Section 3 and figure 2 of that paper vary h, section 4 and figure 4
+the order of norms, activations and addition. :func:`resnet_fused.fuse` finds in it what fused operators
+compute.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ class ResidualUnit(nn.Module):
     "none"                                F alone: a plain net
     ====================================  ==========================================================
 
-    Children: ``conv1``, ``bn1``, ``conv2``, ``bn2`` (``conv3``, ``bn3``) in the order in which they run; where
-    dimensions change, or in every unit, ``downsample`` (a 1x1 convolution and a norm, or no norm for
-    "bn_after_addition", whose norm follows the addition), as in torchvision's ResNets; with full pre-activation
-    ``shortcut``, a 1x1 convolution alone, as in :class:`PreActBasicBlock`; ``gate``, the 1x1 convolution of g.
+    Children: ``conv1``, ``bn1``, ``conv2``, ``bn2`` (``conv3``, ``bn3``) in the order in which they run;
+    where dimensions change, or in every unit, ``downsample`` (a 1x1 convolution and a norm, or no norm for
+    "bn_after_addition", whose norm follows the addition), as in torchvision's ResNets; with full
+    pre-activation ``shortcut``, a 1x1 convolution alone, as in :class:`PreActBasicBlock`; ``gate``, the 1x1
+    convolution of g.
 
     Args:
         in_channels: channels of the input.
@@ -71,19 +73,20 @@ class ResidualUnit(nn.Module):
         stride: stride of the unit.
         block: "basic" or "bottleneck".
         order, shortcut: see above.
-        shortcut_options: options of this kind of shortcut. ``shortcut_scale`` and ``residual_scale`` (0.5, 0.5);
-            ``gate_bias`` (initial b_g, -6: the paper searched 0 to -10), ``gate_std`` (standard deviation of the
-            initial W_g; None: as other convolutions), ``gate_input`` ("x"; or "preactivation", what conv1 reads);
-            ``p`` (0.5, the share of the shortcut that dropout zeroes).
-        projection: where the dimensions change, "A": zero-padded strided identity; "B": 1x1 convolution. "C": a 1x1
-            convolution in every unit, which is what ``shortcut="conv"`` is.
-        preactivation: of the orders (d) and (e). "residual": x is activated for F alone; a 1x1 projection reads
-            the activation, as in the authors' code. "shared": the shortcut starts from the activation too, the
-            paper's rule for a net's first unit. "none": x comes activated, conv1 reads it as it is.
+        shortcut_options: options of this kind of shortcut. ``shortcut_scale`` and ``residual_scale`` (0.5,
+            0.5); ``gate_bias`` (initial b_g, -6: the paper searched 0 to -10), ``gate_std`` (standard
+            deviation of the initial W_g; None: as other convolutions), ``gate_input`` ("x"; or
+            "preactivation", what conv1 reads); ``p`` (0.5, the share of the shortcut that dropout zeroes).
+        projection: where the dimensions change, "A": zero-padded strided identity; "B": 1x1 convolution. "C":
+            a 1x1 convolution in every unit, which is what ``shortcut="conv"`` is.
+        preactivation: of the orders (d) and (e). "residual": x is activated for F alone; a 1x1 projection
+            reads the activation, as in the authors' code. "shared": the shortcut starts from the activation
+            too, the paper's rule for a net's first unit. "none": x comes activated, conv1 reads it as it is.
         stride_in: which convolution of a bottleneck has the stride: "1x1" (the first; the papers) or "3x3"
             (torchvision).
         dropout: share of the values zeroed before the last convolution (Wide ResNets).
-        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the norms.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`, for each of the
+            norms.
         negative_slope: slope of the activations below zero; 0 is ReLU.
         bias: whether the convolutions of F and the projections have a bias.
 
@@ -129,13 +132,13 @@ class ResidualUnit(nn.Module):
             raise ValueError(f"dropout should be in [0, 1), but got {dropout}")
         if projection == "C" and shortcut not in ("identity", "conv"):
             raise ValueError(
-                f"projection 'C' puts a 1x1 convolution on every shortcut, which leaves {shortcut!r} nothing to "
-                "act on: use 'A' or 'B'"
+                f"projection 'C' puts a 1x1 convolution on every shortcut, which leaves {shortcut!r} nothing "
+                "to act on: use 'A' or 'B'"
             )
         if shortcut == "conv" and projection == "A":
             raise ValueError(
-                "shortcut 'conv' puts a 1x1 convolution on every shortcut (projection 'C'), so projection 'A' "
-                "has no place"
+                "shortcut 'conv' puts a 1x1 convolution on every shortcut (projection 'C'), so projection "
+                "'A' has no place"
             )
         activates = order in PREACTIVATION_ORDERS
         if preactivation != "residual" and not activates:

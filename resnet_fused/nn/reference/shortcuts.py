@@ -1,9 +1,9 @@
 """The shortcut of a residual unit, h(x) in x_{l+1} = f(h(x_l) + F(x_l)).
 
 Where the number of channels or the resolution changes, options A, B and C of He, Zhang, Ren and Sun, "Deep
-Residual Learning for Image Recognition" (CVPR 2016, arXiv:1512.03385, section 3.3). What is done to the shortcut
-everywhere is the subject of section 3 of their "Identity Mappings in Deep Residual Networks" (ECCV 2016,
-arXiv:1603.05027, figure 2 and table 1).
+Residual Learning for Image Recognition" (CVPR 2016, arXiv:1512.03385, section 3.3). What is done to the
+shortcut everywhere is the subject of section 3 of their "Identity Mappings in Deep Residual Networks" (ECCV
+2016, arXiv:1603.05027, figure 2 and table 1).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 __all__ = ["PROJECTIONS", "SHORTCUTS", "ZeroPaddedIdentity", "shortcut_settings"]
 
-#: What changes the dimensions: zero-padded strided identity, a 1x1 convolution there, a 1x1 convolution everywhere.
+#: What changes the dimensions: zero-padded strided identity, a 1x1 convolution there, a 1x1 convolution
+#: everywhere.
 PROJECTIONS = ("A", "B", "C")
 
-#: Kind of shortcut -> its options and their defaults, the best or only values that train in the paper's table 1.
+#: Kind of shortcut -> its options and their defaults: the best of the paper's table 1.
 SHORTCUTS: dict[str, dict[str, Any]] = {
     "identity": {},
     "constant_scaling": {"shortcut_scale": 0.5, "residual_scale": 0.5},
@@ -51,14 +52,15 @@ class ZeroPaddedIdentity(nn.Module):
         super().__init__()
         if out_channels < in_channels:
             raise ValueError(
-                f"projection 'A' pads with zeros, so it cannot reduce {in_channels} channels to {out_channels}: "
-                "use 'B'"
+                f"projection 'A' pads with zeros, so it cannot reduce {in_channels} channels to "
+                f"{out_channels}: use 'B'"
             )
         self.stride, self.zeros = stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride != 1:
-            x = F.avg_pool2d(x, 1, self.stride)  # exact, and dense in x's memory format, as x[:, :, ::2, ::2] is not
+            # x[:, :, ::2, ::2], exactly; but dense, in x's memory format.
+            x = F.avg_pool2d(x, 1, self.stride)
         return F.pad(x, (0, 0, 0, 0, 0, self.zeros)) if self.zeros else x
 
     def extra_repr(self) -> str:
