@@ -3,15 +3,9 @@ section 4)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ..nn import reference, units
-from ..primitives.layout import acc_dtype
+from .preact_stages import PreActStages
 
 __all__ = ["PreActResNetCifar", "blocks_per_stage"]
 
@@ -32,7 +26,7 @@ def blocks_per_stage(depth: int, block: str) -> int:
     return blocks
 
 
-class PreActResNetCifar(nn.Module):
+class PreActResNetCifar(PreActStages):
     """A pre-activation ResNet for small images.
 
     A 3x3 convolution, three stages of units, BN -> ReLU, global average pool, linear layer. Children:
@@ -70,62 +64,15 @@ class PreActResNetCifar(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        blocks = blocks_per_stage(depth, block)
-        self.fused = fused
-        factory = {"device": device, "dtype": dtype}
-        source = units if fused else reference
-        unit = source.PreActBasicBlock if block == "basic" else source.PreActBottleneck
-        options = {**(unit_options or {}), **factory}
-
-        self.conv1 = nn.Conv2d(in_channels, _STEM, 3, padding=1, bias=False, **factory)
-        channels = _STEM
-        for stage, width in enumerate(_WIDTHS, start=1):
-            members = []
-            for index in range(blocks):
-                members.append(unit(channels, width, stride=2 if stage > 1 and index == 0 else 1, **options))
-                channels = width * unit.expansion
-            self.add_module(f"layer{stage}", source.PreActStage(*members))
-        norm = {
-            key: value
-            for key, value in options.items()
-            if key in ("eps", "momentum", "affine", "track_running_stats", "device", "dtype")
-        }
-        self.bn = nn.BatchNorm2d(channels, **norm)
-        self.negative_slope = options.get("negative_slope", 0.0)
-        self.fc = nn.Linear(channels, num_classes, **factory)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, in the order of the modules."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
-                module.reset_parameters()
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            x = self._fused_stages(x)
-            # A mean whose gradient is scaled before it is spread over the pixels, where pooling's fills two images.
-            pixels = x.shape[2] * x.shape[3]
-            x = (x.sum((2, 3), dtype=acc_dtype(x.dtype)) / pixels).to(x.dtype)
-        else:
-            x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-            x = reference.activation(self.bn(x), self.negative_slope)
-            x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not
-        return self.fc(x)
-
-    def _fused_stages(self, x: Tensor) -> Tensor:
-        stages = (self.layer1, self.layer2, self.layer3)
-        # Once here, so that no unit has to copy; twice, since one channel has either layout.
-        x = x.contiguous(memory_format=torch.channels_last)
-        x, x_stats = units.convolution_with_stats(self.conv1, x, self.layer1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        wanted = units.is_fusable(self.bn) and units.uses_batch_statistics(self.bn)
-        x, x_stats = units.run_in_turn(stages, x, x_stats, return_stats=wanted)
-        return units.norm_with_stats(self.bn, x, x_stats, self.negative_slope)
+        super().__init__(
+            _STEM,
+            _WIDTHS,
+            blocks_per_stage(depth, block),
+            block,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            fused=fused,
+            unit_options=unit_options,
+            device=device,
+            dtype=dtype,
+        )

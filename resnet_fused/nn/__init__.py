@@ -1,6 +1,17 @@
-"""Fused modules (:mod:`.units`) and their plain twins (:mod:`.reference`)."""
+"""Fused modules (:mod:`.units`, :mod:`.dense`) and plain ones (:mod:`.reference`)."""
 
 from . import reference
+from .dense import DenseBlock, DenseLayer, DenseTransition
 from .units import PreActBasicBlock, PreActBottleneck, PreActConv2d, PreActStage, ResidualAdd
 
-__all__ = ["PreActBasicBlock", "PreActBottleneck", "PreActConv2d", "PreActStage", "ResidualAdd", "reference"]
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseTransition",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActConv2d",
+    "PreActStage",
+    "ResidualAdd",
+    "reference",
+]

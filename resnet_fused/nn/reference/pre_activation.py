@@ -1,5 +1,4 @@
-"""Plain ``nn.Module`` twins of the fused units, public as ``resnet_fused.reference``.
-
+"""Plain ``nn.Module`` twins of the fused pre-activation units.
 
 The units are those of He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks" (ECCV 2016,
 arXiv:1603.05027): ``x_{l+1} = x_l + F(x_l)`` where ``F`` is two or three times BatchNorm -> ReLU ->
@@ -141,12 +140,21 @@ class PreActBasicBlock(PreActModule):
         if stride != 1 or in_channels != out_channels:
             self.shortcut = convolution(in_channels, out_channels, 1, stride, bias, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, F), the shortcut's and the residual branch's term: ``unit(x) == h + F``."""
         a = activation(self.bn1(x), self.negative_slope)
-        shortcut = x if self.shortcut is None else self.shortcut(a)
+        h = x if self.shortcut is None else self.shortcut(a)
         y = self.conv1(a)
         y = self.conv2(activation(self.bn2(y), self.negative_slope))
-        return y + shortcut
+        return h, y
+
+    def after_addition(self, y: Tensor) -> Tensor:
+        """f in x_{l+1} = f(h + F): the identity."""
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y = self.terms(x)
+        return y + h
 
 
 class PreActBottleneck(PreActModule):
@@ -204,13 +212,22 @@ class PreActBottleneck(PreActModule):
         if stride != 1 or in_channels != out_channels:
             self.shortcut = convolution(in_channels, out_channels, 1, stride, bias, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, F), the shortcut's and the residual branch's term: ``unit(x) == h + F``."""
         a = activation(self.bn1(x), self.negative_slope)
-        shortcut = x if self.shortcut is None else self.shortcut(a)
+        h = x if self.shortcut is None else self.shortcut(a)
         y = self.conv1(a)
         y = self.conv2(activation(self.bn2(y), self.negative_slope))
         y = self.conv3(activation(self.bn3(y), self.negative_slope))
-        return y + shortcut
+        return h, y
+
+    def after_addition(self, y: Tensor) -> Tensor:
+        """f in x_{l+1} = f(h + F): the identity."""
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y = self.terms(x)
+        return y + h
 
 
 class PreActStage(nn.Sequential):
