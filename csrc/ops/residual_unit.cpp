@@ -45,6 +45,7 @@ class CpuUnit {
   }
 
   void begin_backward(const UnitMask&) const {}
+  void finish_backward() const {}
 
   UnitGradients gradients(size_t i, const Tensor& dy, const Tensor& h, const Tensor& bn,
                           const std::optional<Tensor>& dz_in, UnitNeeds needs, bool centre) const {

@@ -144,8 +144,7 @@ UnitForward residual_unit_forward(Backend& backend, const Unit& unit, const Tens
       residual = std::get<0>(backend.convolution(unit.shortcut(), x, *bn[0], std::nullopt, false, false));
     const bool next = !last && norms[i + 1].training;
     auto [y, y_stats, y_bn] = backend.convolution(i, *h, *bn[i], residual, last ? want_stats : next, next);
-    h.reset();
-    h = std::move(y), h_stats = std::move(y_stats);
+    h = std::move(y), h_stats = std::move(y_stats);  // what was read is freed before the next is made
     if (last) break;
     const int64_t values = values_per_channel(*h);
     RF_CHECK(!next || values != 1, "expected more than 1 value per channel when training");
@@ -200,7 +199,7 @@ struct UnitGradients {
 
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
 //   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`;
-//   preact_apply(dz, h, coefficients, dskip).
+//   preact_apply(dz, h, coefficients, dskip); finish_backward().
 template <typename Backend>
 UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const Tensor& dout, const Tensor& x,
                                     const TensorList& raw, const TensorList& bns, const UnitMask& mask) {
@@ -234,6 +233,7 @@ UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const Te
     dz_shortcut.reset();
     if (mask.norm(i)) sums[i] = std::move(g.sums);
   }
+  backend.finish_backward();
   const auto filled = [&](OptionalTensorList& list, bool acc) {
     TensorList out;
     for (size_t i = 0; i < n; ++i)
