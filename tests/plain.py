@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 def activated(x, norm, slope):
     """norm: (weight, bias, running_mean, running_var, training, momentum, eps)."""
-    weight, bias, mean, var, training, momentum, eps = norm
+    weight, bias, mean, var, training, momentum, eps = norm[:7]
     z = F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
     return F.relu(z) if slope == 0 else F.leaky_relu(z, slope)
 

@@ -105,6 +105,17 @@ struct FinalizeBackwardParams {
 };
 cudaError_t finalize_backward(const FinalizeBackwardParams&, Stream);
 
+// What a unit does once and not for each BatchNorm, in one launch.
+constexpr int kUnitNorms = 8;
+
+// UpdateRunningStatsParams of several, and one more for each counter.
+struct UpdateUnitParams {
+  int32_t norms, counters;
+  UpdateRunningStatsParams norm[kUnitNorms];
+  int64_t* counter[kUnitNorms];
+};
+cudaError_t update_running_stats_of_unit(const UpdateUnitParams&, Stream);
+
 // ---- convolutions (index.h, conv_supported)
 
 // A weight [k, c, r, s] of any strides and of type T or float, as a dense [k, r, s, c] of T.
@@ -117,6 +128,20 @@ struct PackWeightParams {
 };
 template <typename T> cudaError_t pack_weight(const PackWeightParams&, Stream);
 
+// Before the first convolution of a unit, in one launch: weights packed, BatchNorms finalized, counters zeroed.
+constexpr int kUnitWeights = 4;
+struct BeginUnitParams {
+  int32_t weights, norms;
+  PackWeightParams weight[kUnitWeights];
+  FinalizeForwardParams norm[kUnitNorms];
+  uint32_t* counters;
+  int64_t counters_count;
+};
+template <typename T> cudaError_t begin_unit(const BeginUnitParams&, Stream);
+
+// Partial results of convolutions are merged, and finalized, by the blocks that come last: `counters` are as many
+// zeros as the function beside each primitive says, and can be null where it says 0 (more launches merge then).
+
 struct PreactConvForwardParams {
   ConvGeometry g;
   const void* x;
@@ -128,8 +153,11 @@ struct PreactConvForwardParams {
   void* y;
   float* stats;    // [2, K], may be null
   float* partial;  // conv_forward_partial_floats
+  uint32_t* counters;
+  FinalizeForwardParams next;  // of the BatchNorm that reads y, from `stats`; bn null: none
 };
 int64_t conv_forward_partial_floats(const ConvGeometry&);
+int64_t conv_forward_counters(const ConvGeometry&);
 template <typename T> cudaError_t preact_conv_forward(const PreactConvForwardParams&, Stream);
 
 struct PreactConvDgradParams {
@@ -143,9 +171,26 @@ struct PreactConvDgradParams {
   void* dz;
   float* sums;     // [2, C]
   float* partial;  // conv_dgrad_partial_floats
+  uint32_t* counters;
+  FinalizeBackwardParams centre;  // from `sums`; coefficients null: none
 };
 int64_t conv_dgrad_partial_floats(const ConvGeometry&);
+int64_t conv_dgrad_counters(const ConvGeometry&);
 template <typename T> cudaError_t preact_conv_dgrad(const PreactConvDgradParams&, Stream);
+
+// Partial results [groups, k, r, s, c] of a weight gradient, to be added to a weight of any strides and type.
+struct WeightOutput {
+  void* data;
+  ParameterType type;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+  int32_t c, s, taps;
+};
+struct WeightMerge {
+  const float* partial;
+  int64_t groups, columns;
+  WeightOutput weight;
+};
+cudaError_t merge_weight(const WeightMerge&, Stream);
 
 struct PreactConvWgradParams {
   ConvGeometry g;
@@ -161,7 +206,8 @@ struct PreactConvWgradParams {
 };
 int64_t conv_wgrad_partial_floats(const ConvGeometry&, int element_bytes, bool want_bias,
                                   int multiprocessors);
-template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams&, Stream);
+// later: where to leave the merge of dweight for the caller to launch, or null: it is launched.
+template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams&, WeightMerge* later, Stream);
 
 // The sum of dy [rows, k] per channel, in the first row of out [2, k].
 template <typename T>
@@ -174,8 +220,15 @@ struct Backward1x1Partial {
 };
 Backward1x1Partial backward_1x1_partial_floats(const ConvGeometry&, int element_bytes, bool want_bias,
                                                int multiprocessors);
+int64_t backward_1x1_counters(const ConvGeometry&, int multiprocessors);
 template <typename T>
-cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams&, const PreactConvWgradParams&, Stream);
+cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams&, const PreactConvWgradParams&,
+                                     WeightMerge* later, Stream);
+
+// preact_apply, and in the same launch the merges of weight gradients, which nothing waits for.
+constexpr int kApplyMerges = 2;
+template <typename T>
+cudaError_t preact_apply_and_merge(const PreactApplyParams&, const WeightMerge* merges, int count, Stream);
 
 }  // namespace cuda
 }  // namespace resnet_fused

@@ -1,8 +1,7 @@
 // Per-channel mean and sum of squared deviations of an activation.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 Tensor channel_stats(const Tensor& x) {
   const Activation input = check_activation(x, "input");
@@ -13,8 +12,6 @@ Tensor channel_stats(const Tensor& x) {
   cpu_kernels().channel_stats[index_of(input.dtype)](params);
   return stats;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) { m.def("channel_stats(Tensor x) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("channel_stats", TORCH_BOX(&channel_stats)); }

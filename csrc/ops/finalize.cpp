@@ -6,7 +6,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace {
@@ -103,6 +103,8 @@ void fill_bn(A* bn, int64_t channels, const std::optional<Tensor>& stats, int64_
   }
 }
 
+}  // namespace
+
 Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count,
                         const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
                         const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
@@ -147,6 +149,24 @@ void update_running_stats(const Tensor& running_mean, const Tensor& running_var,
   }
 }
 
+// update_running_stats of several BatchNorms, and one more batch for each counter.
+static void update_running_stats_of_unit(const std::vector<Tensor>& running_means,
+                                         const std::vector<Tensor>& running_vars,
+                                         const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
+                                         const std::vector<double>& momenta,
+                                         const std::vector<Tensor>& batches_tracked) {
+  const size_t n = running_means.size();
+  RF_CHECK(running_vars.size() == n && stats.size() == n && counts.size() == n && momenta.size() == n,
+           "expected ", n, " running_vars, stats, counts and momenta, but got ", running_vars.size(), ", ",
+           stats.size(), ", ", counts.size(), " and ", momenta.size());
+  for (const Tensor& batches : batches_tracked)
+    RF_CHECK(batches.is_cpu() && batches.scalar_type() == ScalarType::Long && batches.numel() == 1,
+             "expected num_batches_tracked to be one int64 on the CPU");
+  for (const Tensor& batches : batches_tracked) ++*static_cast<int64_t*>(batches.mutable_data_ptr());
+  for (size_t i = 0; i < n; ++i)
+    update_running_stats(running_means[i], running_vars[i], stats[i], counts[i], momenta[i]);
+}
+
 // dx = A*dz + B*(x - mean) + C. The means of dz and of dz*xhat are subtracted only where the statistics were
 // the batch's.
 Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
@@ -178,8 +198,6 @@ Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bo
   return coefficients;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
       "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
@@ -187,12 +205,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
       "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats,"
       " int count, float momentum) -> ()");
+  m.def(
+      "update_running_stats_of_unit(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] stats,"
+      " int[] counts, float[] momenta, Tensor(c!)[] batches_tracked) -> ()");
   m.def("finalize_backward(Tensor sums, Tensor bn, int count, bool training) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("finalize_forward", TORCH_BOX(&finalize_forward));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  m.impl("update_running_stats_of_unit", TORCH_BOX(&update_running_stats_of_unit));
   m.impl("finalize_backward", TORCH_BOX(&finalize_backward));
 }
 

@@ -1,8 +1,7 @@
 // dx = dskip + A*dz + B*(x - mean) + C: BN's backward and the skip's addition in one pass.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                     const std::optional<Tensor>& dskip) {
@@ -19,8 +18,6 @@ Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficient
   cpu_kernels().preact_apply[index_of(input.dtype)](params);
   return dx;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("preact_apply(Tensor dz, Tensor x, Tensor coefficients, Tensor? dskip) -> Tensor");

@@ -1,8 +1,8 @@
 // dz = act'(z) * conv_transpose(dy, weight) + dz_in, with BN's two reductions over dz.
 #include "convolution.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x,
                                              const Tensor& bn, const std::optional<Tensor>& dz_in,
@@ -36,8 +36,6 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
   cpu_kernels().preact_conv_dgrad[index_of(input.dtype)](params);
   return {dz, sums};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(

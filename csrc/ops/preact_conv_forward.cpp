@@ -1,8 +1,8 @@
 // y = conv(act(x*scale + shift)) + bias + residual, with the statistics of y.
 #include "convolution.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optional<Tensor>& bn,
                                                const Tensor& weight, const std::optional<Tensor>& bias,
@@ -37,8 +37,6 @@ std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optio
   cpu_kernels().preact_conv_forward[index_of(input.dtype)](params);
   return {y, stats};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(

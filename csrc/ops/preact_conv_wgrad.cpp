@@ -1,8 +1,8 @@
 // dweight of a pre-activation convolution, with the activation recomputed from x, and dbias.
 #include "convolution.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
                                              const std::optional<Tensor>& bn, const Tensor& weight,
@@ -41,8 +41,6 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
   // dbias is in the weight's dtype, as the bias is.
   return {dweight, parameter == acc ? dbias : torch::stable::to(dbias, weight.scalar_type())};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(

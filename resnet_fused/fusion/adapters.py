@@ -110,7 +110,7 @@ class AdapterPlan:
         wanted = hand_on and uses_batch_statistics(parts.norms[-1])
         result = F.residual_unit(
             x,
-            [batch_norm_args(norm) for norm in parts.norms],
+            [batch_norm_args(norm, count=False) for norm in parts.norms],
             [conv_args(conv) for conv in parts.convs],
             shortcut=None if parts.shortcut is None else conv_args(parts.shortcut),
             negative_slope=parts.negative_slope,

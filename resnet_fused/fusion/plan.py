@@ -240,7 +240,7 @@ class Plan:
         wanted = self._wants_stats(op.anchor, values, norms[-1])
         result = F.residual_unit(
             x,
-            [batch_norm_args(norm) for norm in norms],
+            [batch_norm_args(norm, count=False) for norm in norms],
             [conv_args(conv) for conv in convs],
             shortcut=None if shortcut is None else conv_args(shortcut),
             negative_slope=first.slope,

@@ -73,30 +73,50 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def batch_norm_args(bn: nn.BatchNorm2d) -> F.BatchNormArgs:
-    """Read ``bn`` and count the batch, as ``BatchNorm2d.forward`` does; the operator does the rest."""
-    track = bn.training and bn.track_running_stats
-    momentum = bn.momentum
-    if track and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if (
-            momentum is None
-        ):  # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
-            momentum = 1.0 / bn.num_batches_tracked
-    running = track or not bn.training
+def _parameter(module: nn.Module, kind: str, name: str) -> Tensor | None:
+    """module.name, without the search that nn.Module makes where it is a parameter or buffer as usual."""
+    values = module.__dict__[kind]
+    return values[name] if name in values else getattr(module, name)
+
+
+def batch_norm_args(bn: nn.BatchNorm2d, count: bool = True) -> F.BatchNormArgs:
+    """Read ``bn`` and count the batch, as ``BatchNorm2d.forward`` does; the operator does the rest.
+
+    Args:
+        count: False: residual_unit counts the batch, all of a unit's at once.
+    """
+    training, momentum, tracked = bn.training, bn.momentum, None
+    track = training and bn.track_running_stats
+    if track:
+        tracked = _parameter(bn, "_buffers", "num_batches_tracked")
+        if tracked is not None and (count or momentum is None):
+            tracked.add_(1)
+            if momentum is None:
+                # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
+                momentum = 1.0 / tracked
+            tracked = None
+    running = track or not training
     return F.BatchNormArgs(
-        bn.weight,
-        bn.bias,
-        bn.running_mean if running else None,
-        bn.running_var if running else None,
-        bn.training,
+        _parameter(bn, "_parameters", "weight"),
+        _parameter(bn, "_parameters", "bias"),
+        _parameter(bn, "_buffers", "running_mean") if running else None,
+        _parameter(bn, "_buffers", "running_var") if running else None,
+        training,
         0.0 if momentum is None else momentum,
         bn.eps,
+        tracked,
     )
 
 
 def conv_args(conv: nn.Conv2d) -> F.ConvArgs:
-    return F.ConvArgs(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.ConvArgs(
+        _parameter(conv, "_parameters", "weight"),
+        _parameter(conv, "_parameters", "bias"),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
 
 
 class StatsModule:
@@ -215,21 +235,24 @@ class PreActConv2d(StatsModule, reference.PreActConv2d):
 class _ResidualUnit(StatsModule):
     """A unit of norms bn1, bn2, ... and convolutions conv1, conv2, ..., run as one operator."""
 
-    _convolutions: int
+    _norms: tuple[str, ...]
+    _convs: tuple[str, ...]
 
     def first_norm(self) -> nn.Module:
         return self.bn1
 
     def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
-        norms = [getattr(self, f"bn{i}") for i in range(1, self._convolutions + 1)]
-        convs = [getattr(self, f"conv{i}") for i in range(1, self._convolutions + 1)]
-        if not all(is_fusable(child) for child in (*norms, *convs)) or not is_projection(self.shortcut):
+        children = self._modules
+        norms = [children[name] for name in self._norms]
+        convs = [children[name] for name in self._convs]
+        shortcut = self.shortcut
+        if not is_projection(shortcut) or not all([is_fusable(child) for child in (*norms, *convs)]):
             return self._plain(x, return_stats)
         return F.residual_unit(
             x,
-            [batch_norm_args(bn) for bn in norms],
+            [batch_norm_args(bn, count=False) for bn in norms],
             [conv_args(conv) for conv in convs],
-            shortcut=None if self.shortcut is None else conv_args(self.shortcut),
+            shortcut=None if shortcut is None else conv_args(shortcut),
             negative_slope=self.negative_slope,
             x_stats=x_stats,
             return_stats=return_stats,
@@ -238,12 +261,12 @@ class _ResidualUnit(StatsModule):
 
 class PreActBasicBlock(_ResidualUnit, reference.PreActBasicBlock):
     __doc__ = reference.PreActBasicBlock.__doc__
-    _convolutions = 2
+    _norms, _convs = ("bn1", "bn2"), ("conv1", "conv2")
 
 
 class PreActBottleneck(_ResidualUnit, reference.PreActBottleneck):
     __doc__ = reference.PreActBottleneck.__doc__
-    _convolutions = 3
+    _norms, _convs = ("bn1", "bn2", "bn3"), ("conv1", "conv2", "conv3")
 
 
 class PreActStage(StatsModule, reference.PreActStage):

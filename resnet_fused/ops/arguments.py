@@ -15,6 +15,7 @@ class BatchNormArgs(NamedTuple):
         momentum: the factor of the exponential average: a float, or a 0-dim tensor (such as 1 /
             num_batches_tracked, for the cumulative average of ``momentum=None``, without a synchronisation).
         eps: added to the variance.
+        num_batches_tracked: int64, one element: residual_unit adds 1 to it. None: the caller has counted.
     """
 
     weight: Tensor | None = None
@@ -24,6 +25,7 @@ class BatchNormArgs(NamedTuple):
     training: bool = False
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
 
 
 class ConvArgs(NamedTuple):

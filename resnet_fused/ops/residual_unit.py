@@ -10,6 +10,7 @@ statistics between its first convolution and its shortcut.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -27,12 +28,12 @@ from resnet_fused.primitives.registration import (
     below_autograd,
     call,
     call_in_backward,
+    call_without_autocast,
     define,
     differentiable,
-    without_autocast,
 )
 
-from . import autocast, checks, running_stats
+from . import autocast, checks, running_stats, whole_unit
 from .arguments import BatchNormArgs, ConvArgs, pair, resolve_padding
 from .residual_unit_backward import (
     RESIDUAL_UNIT_BACKWARD,
@@ -112,6 +113,18 @@ def _check(a: _Arguments) -> tuple[UnitGeometry, list[tuple]]:
 
 def _forward(*args):
     a = _Arguments(*args)
+    operator = whole_unit.forward_operator(a, lambda: _check(a))
+    if operator is None:
+        return _forward_by_primitives(a)
+    try:
+        out, *rest = operator(channels_last(a.x), *args[1:])
+    except RuntimeError:
+        _check(a)  # raises what PyTorch raises
+        raise
+    return (out if a.is_channels_last() else canonical(out, False)), *rest
+
+
+def _forward_by_primitives(a: _Arguments):
     geometry, shapes = _check(a)
     if a.x.shape[0] == 0:
         outputs = _empty_outputs(a, shapes)
@@ -184,52 +197,57 @@ _OP = define(
 
 
 class _ResidualUnit(Function):
-    """Lists come flattened: autograd sees only tensors that are arguments."""
+    """Lists come flattened: autograd sees only tensors that are arguments.
+
+    Only out has a derivative, and only it is given through autograd; the rest goes into the list ``others``, for
+    every output of a Function costs some microseconds.
+    """
 
     @staticmethod
-    def forward(ctx, n, constants, options, x, *parameters):
+    def forward(ctx, n, constants, options, others, x, *parameters):
         x_stats, running_means, running_vars = constants
         bn_weights, bn_biases, weights, biases = split(parameters, n, 4)
         shortcut = parameters[4 * n :]
-        out, out_stats, raw, stats, bns = below_autograd(
+        out, *rest = below_autograd(
             _OP, x, x_stats, bn_weights, bn_biases, running_means, running_vars, weights, biases, *shortcut,
             *options, True,
         )  # fmt: skip
+        others += rest
+        _, raw, _, bns = rest
         ctx.n, ctx.options = n, options[:-1]
         ctx.shortcut_bias_dtype = None if shortcut[1] is None else shortcut[1].dtype
         # Not the running statistics: they may change before backward (DDP with two forwards). bns are copies.
         ctx.save_for_backward(x, *raw, *bns, *parameters[:-1])
-        ctx.mark_non_differentiable(out_stats, *raw, *stats, *bns)
         ctx.set_materialize_grads(False)
-        return out, out_stats, *raw, *stats, *bns
+        return out
 
     @staticmethod
-    def backward(ctx, dout, *_):
+    def backward(ctx, dout):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         n = ctx.n
-        need_x, *needs = ctx.needs_input_grad[3:]
+        need_x, *needs = ctx.needs_input_grad[4:]
         x, *saved = ctx.saved_tensors
         raw, bns, parameters = saved[: n - 1], saved[n - 1 : 2 * n - 1], saved[2 * n - 1 :]
         bn_weights, bn_biases, weights, biases = split(parameters, n, 4)
-        need_gammas, need_betas, need_weights, need_biases = split(needs, n, 4)
-        need_shortcut_weight, need_shortcut_bias = needs[4 * n :]
-        need_bns = [g or b for g, b in zip(need_gammas, need_betas, strict=True)]
+        need_gammas, need_betas = needs[:n], needs[n : 2 * n]
         dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias = call_in_backward(
             RESIDUAL_UNIT_BACKWARD, dout, x, raw, bns, bn_weights, bn_biases, weights, biases, parameters[-1],
             *ctx.options,
-            [need_x, *need_bns, *need_weights, *need_biases, need_shortcut_weight, need_shortcut_bias],
+            [need_x, *[g or b for g, b in zip(need_gammas, need_betas)], *needs[2 * n :]],
         )  # fmt: skip
-        return (
-            *(None,) * 3,
-            dx if need_x else None,
-            *(s[1].to(t.dtype) if m else None for s, t, m in zip(sums, bn_weights, need_gammas, strict=True)),
-            *(s[0].to(t.dtype) if m else None for s, t, m in zip(sums, bn_biases, need_betas, strict=True)),
-            *(d if m else None for d, m in zip(dweights, need_weights, strict=True)),
-            *(d.to(t.dtype) if m else None for d, t, m in zip(dbiases, biases, need_biases, strict=True)),
-            dshortcut_weight if need_shortcut_weight else None,
-            dshortcut_bias.to(ctx.shortcut_bias_dtype) if need_shortcut_bias else None,
-        )
+        gradients = [None, None, None, None, dx if need_x else None]
+        for row, needed, of in ((1, need_gammas, bn_weights), (0, need_betas, bn_biases)):
+            gradients += [_as(s[row], t) if m else None for s, t, m in zip(sums, of, needed)]
+        gradients += [d if m else None for d, m in zip(dweights, needs[2 * n : 3 * n])]
+        gradients += [_as(d, t) if m else None for d, t, m in zip(dbiases, biases, needs[3 * n : 4 * n])]
+        gradients.append(dshortcut_weight if needs[4 * n] else None)
+        gradients.append(dshortcut_bias.to(ctx.shortcut_bias_dtype) if needs[4 * n + 1] else None)
+        return tuple(gradients)
+
+
+def _as(gradient: Tensor, of: Tensor) -> Tensor:
+    return gradient if gradient.dtype is of.dtype else gradient.to(of.dtype)
 
 
 def _apply(*args):
@@ -239,9 +257,10 @@ def _apply(*args):
         _check(a)  # raises
     constants = (a.x_stats, a.running_means, a.running_vars)
     parameters = (*a.bn_weights, *a.bn_biases, *a.weights, *a.biases, a.shortcut_weight, a.shortcut_bias)
+    others = []
     # want_raw is left out: a gradient needs them.
-    flat = _ResidualUnit.apply(n, constants, args[10:-1], a.x, *parameters)
-    return flat[0], flat[1], list(flat[2 : n + 1]), *split(flat[n + 1 :], n, 2)
+    out = _ResidualUnit.apply(n, constants, args[10:-1], others, a.x, *parameters)
+    return out, *others
 
 
 differentiable(_OP, _apply)
@@ -250,13 +269,58 @@ differentiable(_OP, _apply)
 def _autocast(device_type: str):
     def kernel(x, x_stats, *rest):
         x, x_stats = autocast.cast_with_stats(x, x_stats, device_type)
-        with without_autocast(device_type):
-            return _OP(x, x_stats, *rest)
+        return call_without_autocast(_OP, device_type, x, x_stats, *rest)
 
     return kernel
 
 
 autocast_kernel(_OP, _autocast)
+
+
+def _geometry(
+    convs: Sequence[ConvArgs], shortcut: ConvArgs | None
+) -> tuple[list[int], list[int], list[int], list[int], tuple[int, int]]:
+    """strides, paddings, dilations, groups of the convolutions, flat, and the stride of the shortcut."""
+    strides, paddings, dilations = [], [], []
+    for conv in convs:
+        stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
+        padding, crop = resolve_padding(conv.padding, conv.weight, stride, dilation)
+        if crop != (0, 0):
+            raise ValueError("padding='same' with an even kernel is asymmetric: use preact_conv2d for it")
+        strides += stride
+        paddings += padding
+        dilations += dilation
+    shortcut_stride = (1, 1)
+    if shortcut is not None:
+        shortcut_stride = pair(shortcut.stride, "stride")
+        padding, _ = resolve_padding(shortcut.padding, shortcut.weight, shortcut_stride, (1, 1))
+        if (padding, pair(shortcut.dilation, "dilation"), shortcut.groups) != ((0, 0), (1, 1), 1):
+            raise ValueError(
+                "the shortcut of a residual unit has padding 0, dilation 1 and groups 1, but got padding="
+                f"{shortcut.padding}, dilation={shortcut.dilation}, groups={shortcut.groups}"
+            )
+    return strides, paddings, dilations, [conv.groups for conv in convs], shortcut_stride
+
+
+_geometries: dict[tuple, tuple] = {}
+
+
+def _known_geometry(convs: Sequence[ConvArgs], shortcut: ConvArgs | None) -> tuple:
+    """:func:`_geometry`, remembered for arguments that are what nn.Conv2d has: tuples and integers."""
+    if torch.compiler.is_compiling():
+        return _geometry(convs, shortcut)
+    key = tuple([c[2:] for c in convs]) if shortcut is None else (*[c[2:] for c in convs], shortcut[2:], None)
+    try:
+        known = _geometries.get(key)
+    except TypeError:  # a list among them
+        return _geometry(convs, shortcut)
+    if known is None:
+        known = _geometry(convs, shortcut)
+        if not any(isinstance(c.padding, str) for c in (*convs, *([shortcut] if shortcut else ()))):
+            if len(_geometries) > 1000:
+                _geometries.clear()
+            _geometries[key] = known
+    return known
 
 
 def residual_unit(
@@ -288,52 +352,39 @@ def residual_unit(
     Raises:
         ValueError, RuntimeError: as nn.BatchNorm2d, nn.Conv2d and the addition do for the same arguments.
     """
-    strides, paddings, dilations = [], [], []
-    for conv in convs:
-        stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
-        padding, crop = resolve_padding(conv.padding, conv.weight, stride, dilation)
-        if crop != (0, 0):
-            raise ValueError("padding='same' with an even kernel is asymmetric: use preact_conv2d for it")
-        strides += stride
-        paddings += padding
-        dilations += dilation
-    shortcut_stride = (1, 1)
-    if shortcut is not None:
-        shortcut_stride = pair(shortcut.stride, "stride")
-        padding, _ = resolve_padding(shortcut.padding, shortcut.weight, shortcut_stride, (1, 1))
-        if (padding, pair(shortcut.dilation, "dilation"), shortcut.groups) != ((0, 0), (1, 1), 1):
-            raise ValueError(
-                "the shortcut of a residual unit has padding 0, dilation 1 and groups 1, but got padding="
-                f"{shortcut.padding}, dilation={shortcut.dilation}, groups={shortcut.groups}"
-            )
+    strides, paddings, dilations, groups, shortcut_stride = _known_geometry(convs, shortcut)
+    columns = zip(*norms, strict=True) if norms else ((),) * len(BatchNormArgs._fields)
+    bn_weights, bn_biases, running_means, running_vars, training, _, eps, _ = columns
     out, out_stats, _, stats, _ = call(
         _OP,
         x,
         x_stats,
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        [norm.running_mean for norm in norms],
-        [norm.running_var for norm in norms],
+        list(bn_weights),
+        list(bn_biases),
+        list(running_means),
+        list(running_vars),
         [conv.weight for conv in convs],
         [conv.bias for conv in convs],
         None if shortcut is None else shortcut.weight,
         None if shortcut is None else shortcut.bias,
-        [norm.training or norm.running_mean is None for norm in norms],
-        [norm.eps for norm in norms],
+        [t or mean is None for t, mean in zip(training, running_means, strict=True)],
+        list(eps),
         negative_slope,
         strides,
         paddings,
         dilations,
-        [conv.groups for conv in convs],
+        groups,
         shortcut_stride,
         return_stats,
         False,
     )
-    shape = x.shape
-    for i, (norm, conv) in enumerate(zip(norms, convs, strict=True)):
-        if norm.training and norm.running_mean is not None:
-            used = stats[i] if stats[i].numel() != 0 else x_stats
-            running_stats.update(norm.running_mean, norm.running_var, used, count_of(shape), norm.momentum)
-        at = slice(2 * i, 2 * i + 2)
-        shape = convolution_output_shape(shape, conv.weight, strides[at], paddings[at], dilations[at])
+    if any(training):
+        updates, shape = [], x.shape
+        for i, (norm, conv) in enumerate(zip(norms, convs, strict=True)):
+            if norm.training:
+                used = stats[i] if i > 0 or x_stats is None or stats[0].numel() != 0 else x_stats
+                updates.append((norm, used, count_of(shape)))
+            at = slice(2 * i, 2 * i + 2)
+            shape = convolution_output_shape(shape, conv.weight, strides[at], paddings[at], dilations[at])
+        running_stats.update_of_unit(updates)
     return (out, out_stats) if return_stats else out

@@ -22,7 +22,7 @@ from resnet_fused.primitives.layout import (
 )
 from resnet_fused.primitives.registration import below_autograd, define, differentiable
 
-from . import double_backward
+from . import double_backward, whole_unit
 from .convolution_gradients import convolution_gradients
 
 
@@ -94,8 +94,20 @@ class _Mask:
 
 def _backward(*args):
     a = _Arguments(*args)
+    mask = _Mask(a.output_mask, len(a.weights))
+    operator, combined = whole_unit.backward_operator(a, mask)
+    if operator is None:
+        return _backward_by_primitives(a, mask)
+    dx, *rest = operator(
+        channels_last(a.dout), channels_last(a.x), a.raw, a.bns, a.weights, a.shortcut_weight, a.training,
+        a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, a.output_mask,
+        combined,
+    )  # fmt: skip
+    return (canonical(dx, suggests_channels_last(a.x)) if mask.x else dx), *rest
+
+
+def _backward_by_primitives(a: _Arguments, mask: _Mask):
     n = len(a.weights)
-    mask = _Mask(a.output_mask, n)
     if a.x.shape[0] == 0:
         outputs = _empty_outputs(a, mask)
         for t in (*outputs[1], *outputs[2], *outputs[3], *outputs[4:]):

@@ -4,6 +4,21 @@ import torch
 from torch import Tensor
 
 from resnet_fused import primitives
+from resnet_fused.primitives.update_running_stats import update_running_stats_of_unit
+
+from .arguments import BatchNormArgs
+
+
+def _is_traced(t: Tensor) -> bool:
+    """Whether something looks on that has to see the operators."""
+    return (
+        torch.compiler.is_compiling() or type(t) is not Tensor or torch._C._len_torch_dispatch_stack() != 0
+    )
+
+
+def _count_changes(changed: list[Tensor]) -> None:
+    # Autograd must see that they changed: another node may have saved them.
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
 
 
 def update(
@@ -24,15 +39,38 @@ def update(
             momentum = momentum.to(stats.dtype)
             running_mean.copy_(torch.lerp(running_mean.to(stats.dtype), mean, momentum))
             running_var.copy_(torch.lerp(running_var.to(stats.dtype), m2 / (count - 1), momentum))
-    elif (
-        torch.compiler.is_compiling()
-        or type(running_mean) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    elif _is_traced(running_mean):
         torch.ops.resnet_fused.update_running_stats.default(running_mean, running_var, stats, count, momentum)
     else:
         # The same without three trips through the dispatcher: deep nets have a thousand of these.
         primitives.update_running_stats(running_mean, running_var, stats, count, momentum)
-        for t in (running_mean, running_var):
-            if not t.is_inference():
-                torch.autograd.graph.increment_version(t)
+        _count_changes([running_mean, running_var])
+
+
+def update_of_unit(norms: list[tuple[BatchNormArgs, Tensor, int]]) -> None:
+    """:func:`update` and one batch more in num_batches_tracked, for several BatchNorms in training.
+
+    Args:
+        norms: each with the statistics of its input and their count.
+    """
+    means, variances, all_stats, counts, momenta, batches = [], [], [], [], [], []
+    for norm, stats, count in norms:
+        mean, tracked = norm.running_mean, norm.num_batches_tracked
+        if tracked is not None:
+            if tracked.dtype is torch.int64 and tracked.device == stats.device and not _is_traced(tracked):
+                batches.append(tracked)
+            else:
+                tracked.add_(1)
+        if mean is None:
+            continue
+        if isinstance(norm.momentum, Tensor) or _is_traced(mean):
+            update(mean, norm.running_var, stats, count, norm.momentum)
+        elif count != 0:
+            means.append(mean)
+            variances.append(norm.running_var)
+            all_stats.append(stats)
+            counts.append(count)
+            momenta.append(norm.momentum)
+    if means or batches:
+        update_running_stats_of_unit(means, variances, all_stats, counts, momenta, batches)
+        _count_changes([*means, *variances, *batches])

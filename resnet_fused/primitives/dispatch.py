@@ -52,7 +52,8 @@ class DispatchRecord(NamedTuple):
 
 _implementations: dict[str, dict[str, Callable]] = {}
 _backend = "auto"
-# (primitive, dtype, device, geometry...) -> (function, choice). Replaced as a whole by use_backend.
+# (primitive, dtype, device, geometry...) -> (function, choice), and what ops/whole_unit.py keeps. Replaced as a
+# whole by use_backend.
 _selected: dict[tuple, tuple[Callable, Choice]] = {}
 _logs: list[list[DispatchRecord]] = []
 
@@ -305,9 +306,51 @@ def select_convolution(
     return entry[0]
 
 
+def select_several(primitive: str, name: str, x: Tensor) -> Callable | None:
+    """The operator ``name`` of the C++ backend that runs an elementwise primitive for tensors like x, which does the
+    work of several; None if another backend runs it, if it has none, or if every primitive is recorded."""
+    if _logs:
+        return None
+    key = (name, x.dtype, x.device)
+    entry = _selected.get(key)
+    if entry is None:
+        choice = choose(primitive, x.device.type, x.dtype)
+        entry = _selected[key] = (own_operator(choice.backend, name), choice)
+    return entry[0]
+
+
+def own_operator(backend: str, name: str) -> Callable | None:
+    """An operator of a C++ backend that is no primitive by itself, or None."""
+    if backend not in ("cpu", "cuda"):
+        return None
+    operators = getattr(torch.ops, f"resnet_fused_{backend}")
+    return getattr(operators, name).default if hasattr(operators, name) else None
+
+
+def is_recorded() -> bool:
+    """Whether a record_dispatch is active, which is told of every primitive."""
+    return bool(_logs)
+
+
+def kept(key: tuple):
+    """What :func:`keep` was given for key since the backend was last chosen, or None."""
+    return _selected.get(key)
+
+
+def keep(key: tuple, value: tuple) -> tuple:
+    """Keep what was concluded from :func:`choose`, until another backend is chosen."""
+    _selected[key] = value
+    return value
+
+
+def has_own(primitive: str, device_type: str) -> bool:
+    """Whether a backend with kernels of our own could run the primitive on this type of device."""
+    return device_type != "cpu" or _backend == "triton" or "cpu" in _implementations[primitive]
+
+
 def has_kernel(primitive: str, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a kernel of our own would run a convolution primitive at this shape."""
-    if x.is_cpu and _backend != "triton" and "cpu" not in _implementations[primitive]:
+    if not has_own(primitive, x.device.type):
         return False
     choice = _of_convolution(primitive, x, weight, stride, padding, dilation, groups)[1]
     return choice.backend not in ("reference", "unfused")

@@ -12,6 +12,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 _kernels: dict[torch._ops.OpOverload, Callable] = {}
 _autograd_kernels: dict[torch._ops.OpOverload, Callable] = {}
+_autocast_kernels: dict[tuple[torch._ops.OpOverload, str], Callable] = {}
 
 _AUTOCAST = {
     device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
@@ -45,9 +46,20 @@ def _is_ordinary(x: torch.Tensor) -> bool:
 def call(op: torch._ops.OpOverload, *args):
     """op(*args), for the differentiable operators."""
     x = args[0]
-    if torch.compiler.is_compiling() or not _is_ordinary(x) or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not _is_ordinary(x):
         return op(*args)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return _autocast_kernels.get((op, device_type), op)(*args)
     return _autograd_kernels[op](*args)
+
+
+def call_without_autocast(op: torch._ops.OpOverload, device_type: str, *args):
+    """op(*args) with autocast leaving alone the operator and all that it calls."""
+    with without_autocast(device_type):
+        if torch.compiler.is_compiling() or not _is_ordinary(args[0]):
+            return op(*args)
+        return _autograd_kernels[op](*args)
 
 
 def below_autograd(op: torch._ops.OpOverload, *args):
@@ -69,7 +81,8 @@ def without_autocast(device_type: str):
 def autocast_kernel(op: torch._ops.OpOverload, make: Callable[[str], Callable]) -> None:
     """Attach ``make(device_type)`` to op's autocast keys."""
     for device_type in _AUTOCAST:
-        LIBRARY.impl(op._schema.name.partition("::")[2], make(device_type), f"Autocast{device_type.upper()}")
+        kernel = _autocast_kernels[op, device_type] = make(device_type)
+        LIBRARY.impl(op._schema.name.partition("::")[2], kernel, f"Autocast{device_type.upper()}")
 
 
 def differentiable(op: torch._ops.OpOverload, apply: Callable) -> None:

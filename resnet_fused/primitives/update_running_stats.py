@@ -25,6 +25,31 @@ def update_running_stats(
     run(running_mean, running_var, stats, count, momentum)
 
 
+def update_running_stats_of_unit(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    stats: list[Tensor],
+    counts: list[int],
+    momenta: list[float],
+    batches_tracked: list[Tensor],
+) -> None:
+    """:func:`update_running_stats` of several BatchNorms in one call, where the backend has that.
+
+    Args:
+        counts: none of them 0.
+        batches_tracked: int64, one element each: 1 is added. Of any number of BatchNorms.
+    """
+    x = stats[0] if stats else batches_tracked[0]
+    operator = dispatch.select_several("update_running_stats", "update_running_stats_of_unit", x)
+    if operator is not None:
+        operator(running_means, running_vars, stats, counts, momenta, batches_tracked)
+        return
+    if batches_tracked:
+        torch._foreach_add_(batches_tracked, 1)
+    for arguments in zip(running_means, running_vars, stats, counts, momenta, strict=True):
+        update_running_stats(*arguments)
+
+
 def _kernel(running_mean, running_var, stats, count, momentum):
     channels = stats.shape[-1]
     stats = checks.rows(stats, "stats", 2, channels, stats)

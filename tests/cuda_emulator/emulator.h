@@ -78,3 +78,10 @@ uint16_t float_to_bfloat16(float value);
 #define blockDim ::resnet_fused::emulator::block_size
 #define gridDim ::resnet_fused::emulator::grid_size
 inline void __syncthreads() { resnet_fused::emulator::barrier(); }
+// Blocks run one after another and see all that was written before.
+inline void __threadfence() {}
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at += value;
+  return before;
+}

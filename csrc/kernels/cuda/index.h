@@ -225,6 +225,39 @@ RF_HOST_DEVICE Piece piece_of(int64_t i, int64_t each, int64_t total) {
   return {first, left <= 0 ? 0 : left < each ? left : each};
 }
 
+// Partial results [groups][columns] are merged by a launch of its own in one step, or above this many groups in two.
+constexpr int64_t kOneStepGroups = 512;
+constexpr int64_t kGroupsPerBlock = 128;
+
+// Or inside of the kernel that makes them (reduction.h, climb): the last block of a segment of `each` neighbouring
+// groups merges these, the last of all segments merges the segments. Past tree_groups that would take long, and
+// the launch of its own short beside the kernel.
+#ifdef RF_EMULATE
+inline int64_t tree_groups = 4096;  // less in a test
+#else
+constexpr int64_t tree_groups = 4096;
+#endif
+
+struct Segments {
+  int32_t groups, each, count;
+};
+
+inline Segments merge_segments(int64_t groups) {
+  int32_t each = static_cast<int32_t>(groups);
+  if (groups > 16) {
+    each = 4;
+    while (int64_t{each} * each < groups) ++each;
+  }
+  return {static_cast<int32_t>(groups), each, static_cast<int32_t>(divide_up(groups, each))};
+}
+
+// Counters of one column of blocks.
+inline int64_t merge_counters(int64_t groups) { return groups <= tree_groups ? merge_segments(groups).count + 1 : 0; }
+
+inline int64_t merge_blocks(int64_t groups) {
+  return groups > kOneStepGroups ? divide_up(groups, kGroupsPerBlock) : 1;
+}
+
 // A weight gradient: output tiles of 64 x 64, and its reduction over pixels in splits of `steps` steps of 128
 // bytes of pixels: about two blocks for each multiprocessor, four steps at least, and partial results of at
 // most 64 MB.
@@ -241,6 +274,7 @@ inline WgradSplit wgrad_split(const ConvGeometry& g, int element_bytes, int mult
   const int64_t by_memory = (int64_t{64} << 20) / (4 * g.k * split.columns);
   if (splits > by_memory) splits = by_memory;
   if (splits > divide_up(steps, 4)) splits = divide_up(steps, 4);
+  if (splits > kOneStepGroups) splits = kOneStepGroups;
   if (splits < 1) splits = 1;
   split.steps = divide_up(steps, splits);
   split.splits = divide_up(steps, split.steps);
@@ -266,15 +300,8 @@ inline Backward1x1Split backward_1x1_split(const ConvGeometry& g, int multiproce
   split.channel_blocks = divide_up(g.c, 64);
   split.programs = divide_up(2 * int64_t{multiprocessors}, split.channel_blocks);
   if (split.programs > split.tiles) split.programs = split.tiles;
+  if (split.programs > kOneStepGroups) split.programs = kOneStepGroups;
   return split;
-}
-
-// Partial results [groups][columns] are merged in one step, or above this many groups in two.
-constexpr int64_t kOneStepGroups = 512;
-constexpr int64_t kGroupsPerBlock = 128;
-
-inline int64_t merge_blocks(int64_t groups) {
-  return groups > kOneStepGroups ? divide_up(groups, kGroupsPerBlock) : 1;
 }
 
 }  // namespace cuda

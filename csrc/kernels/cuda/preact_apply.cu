@@ -1,5 +1,6 @@
 // dx = dskip + A*dz + B*(x - mean) + C: BatchNorm's backward and the skip's addition in one pass.
 #include "rows.h"
+#include "weight_merge.h"
 
 namespace resnet_fused {
 namespace cuda {
@@ -49,16 +50,76 @@ template <typename T> struct Apply {
   }
 };
 
+template <typename T> struct ApplyAndMergeParams {
+  RowsParams<typename Apply<T>::Params> apply;
+  int64_t apply_blocks;
+  int32_t merges;
+  WeightMerge merge[kApplyMerges];
+  int64_t merge_blocks[kApplyMerges];
+};
+
+// Blocks of the one, then of the other.
+template <typename T, int V>
+__global__ void __launch_bounds__(kRowsThreads, 2)
+    apply_and_merge_kernel(const __grid_constant__ ApplyAndMergeParams<T> p) {
+  static_assert(kRowsThreads == kMergeThreads);
+  RF_SHARED_MEMORY(shared);
+  int64_t block = blockIdx.x;
+  if (block < p.apply_blocks) {
+    rows_block<Apply<T>, V>(p.apply, block % p.apply.shape.groups, block / p.apply.shape.groups);
+    return;
+  }
+  block -= p.apply_blocks;
+  if (block < p.merge_blocks[0])
+    merge_weight_block(p.merge[0], block, shared);
+  else
+    merge_weight_block(p.merge[1], block - p.merge_blocks[0], shared);
+}
+
+template <typename T> typename Apply<T>::Params op_params(const PreactApplyParams& p) {
+  return {static_cast<const T*>(p.dz), static_cast<const T*>(p.x), static_cast<const T*>(p.dskip),
+          p.coefficients, p.channels, static_cast<T*>(p.dx)};
+}
+
+inline bool all_aligned(const PreactApplyParams& p) {
+  return aligned(p.dz) && aligned(p.x) && aligned(p.dskip) && aligned(p.dx);
+}
+
+template <typename T, int V>
+cudaError_t launch_apply_and_merge(const PreactApplyParams& p, const WeightMerge* merges, int count,
+                                   Stream stream) {
+  ApplyAndMergeParams<T> params{};
+  params.apply = {rows_shape(p.pixels, p.channels, V, stream.multiprocessors, false), nullptr, op_params<T>(p)};
+  const RowsShape& shape = params.apply.shape;
+  params.apply_blocks = shape.groups * divide_up(shape.vectors, shape.strip);
+  params.merges = count;
+  int64_t blocks = params.apply_blocks;
+  for (int i = 0; i < count; ++i) {
+    params.merge[i] = merges[i];
+    blocks += params.merge_blocks[i] = weight_merge_blocks(merges[i]);
+  }
+  return launch<apply_and_merge_kernel<T, V>>(dim3(static_cast<unsigned>(blocks)), kRowsThreads, kMergeShared,
+                                              stream, params);
+}
+
 }  // namespace
 
 template <typename T> cudaError_t preact_apply(const PreactApplyParams& p, Stream stream) {
-  return launch_rows<T, Apply<T>>(
-      {static_cast<const T*>(p.dz), static_cast<const T*>(p.x), static_cast<const T*>(p.dskip),
-       p.coefficients, p.channels, static_cast<T*>(p.dx)},
-      aligned(p.dz) && aligned(p.x) && aligned(p.dskip) && aligned(p.dx), p.pixels, p.channels, nullptr,
-      nullptr, stream);
+  return launch_rows<T, Apply<T>>(op_params<T>(p), all_aligned(p), p.pixels, p.channels, nullptr, nullptr,
+                                  stream);
 }
+
+template <typename T>
+cudaError_t preact_apply_and_merge(const PreactApplyParams& p, const WeightMerge* merges, int count,
+                                   Stream stream) {
+  if (count == 0) return preact_apply<T>(p, stream);
+  if (all_aligned(p) && p.channels % kChunk<T> == 0)
+    return launch_apply_and_merge<T, kChunk<T>>(p, merges, count, stream);
+  return launch_apply_and_merge<T, 1>(p, merges, count, stream);
+}
+
 template cudaError_t preact_apply<RF_DTYPE>(const PreactApplyParams&, Stream);
+template cudaError_t preact_apply_and_merge<RF_DTYPE>(const PreactApplyParams&, const WeightMerge*, int, Stream);
 
 }  // namespace cuda
 }  // namespace resnet_fused

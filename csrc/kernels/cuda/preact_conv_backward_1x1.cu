@@ -6,6 +6,7 @@
 // part of dweight in registers, and goes over tiles of 64 pixels while the next tile is on its way.
 #include "instructions.h"
 #include "kernels/cuda_kernels.h"
+#include "finalize.h"
 #include "reduction.h"
 
 namespace resnet_fused {
@@ -31,6 +32,9 @@ struct BackwardParams {
   float* dweight;  // [programs, K, C]
   int64_t pixels, tiles;
   int32_t c, k;
+  MergeTree tree;
+  float* merged_sums;  // [2, C]
+  FinalizeBackwardParams centre;
 };
 
 template <typename T> struct Layout {
@@ -231,13 +235,25 @@ __global__ void __launch_bounds__(kThreads, 1) backward_1x1_kernel(const __grid_
           at[1] = dweight[i][j][2 * half + 1];
         }
       }
+
+  MergeTwoSums<kThreads, kChannels> merge{p.sums, p.c, c0, product, 0.0f, 0.0f};
+  static_assert(2 * kThreads <= kRows * kSumStride);
+  if (!climb(p.tree, blockIdx.y, blockIdx.x, reinterpret_cast<int*>(bn), merge)) return;
+  if (tid < kChannels && c0 + tid < p.c) {
+    p.merged_sums[c0 + tid] = merge.a;
+    p.merged_sums[p.c + c0 + tid] = merge.b;
+    if (p.centre.coefficients) {
+      finalize_backward_channel(p.centre, c0 + tid, 0, merge.a);
+      finalize_backward_channel(p.centre, c0 + tid, 1, merge.b);
+    }
+  }
 }
 
 }  // namespace
 
 template <typename T>
 cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams& d, const PreactConvWgradParams& w,
-                                     Stream stream) {
+                                     WeightMerge* later, Stream stream) {
   const Backward1x1Split split = backward_1x1_split(d.g, stream.multiprocessors);
   const ConvGeometry& g = d.g;
   const BackwardParams params{d.dy,
@@ -252,19 +268,26 @@ cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams& d, const Preac
                               g.n * g.h * g.w,
                               split.tiles,
                               static_cast<int32_t>(g.c),
-                              static_cast<int32_t>(g.k)};
+                              static_cast<int32_t>(g.k),
+                              {merge_segments(split.programs), d.counters},
+                              d.sums,
+                              d.centre};
   const dim3 grid(static_cast<unsigned>(split.programs), static_cast<unsigned>(split.channel_blocks));
   cudaError_t error = launch<backward_1x1_kernel<T>>(grid, kThreads, Layout<T>::kShared, stream, params);
-  if (error == cudaSuccess) error = merge_sums(d.partial, split.programs, 2 * g.c, d.sums, stream);
   if (error != cudaSuccess) return error;
   const WeightOutput weight{
       w.dweight, w.type, w.stride_k, w.stride_c, w.stride_r, w.stride_s, static_cast<int32_t>(g.c), 1, 1};
-  error = merge_weight(w.partial, split.programs, g.k * g.c, weight, stream);
+  const WeightMerge merge{w.partial, split.programs, g.k * g.c, weight};
+  if (later)
+    *later = merge;
+  else
+    error = merge_weight(merge, stream);
   if (error != cudaSuccess || !w.dbias) return error;
   return bias_gradient<T>(d.dy, g.n * g.h * g.w, g.k, w.partial, w.dbias, stream);
 }
 template cudaError_t preact_conv_backward_1x1<RF_DTYPE>(const PreactConvDgradParams&,
-                                                        const PreactConvWgradParams&, Stream);
+                                                        const PreactConvWgradParams&, WeightMerge*,
+                                                        Stream);
 
 }  // namespace cuda
 }  // namespace resnet_fused

@@ -1,6 +1,7 @@
 // dz = act'(z) * conv_transpose(dy, weight) + dz_in, rounded once, with BatchNorm's two sums over dz.
 #include "conv_halo.h"
 #include "conv_product.h"
+#include "finalize.h"
 #include "reduction.h"
 
 namespace resnet_fused {
@@ -15,6 +16,9 @@ template <typename Product> struct DgradParams {
   const void* dz_in;
   void* dz;
   float* partial;  // [tiles, 2, C]
+  MergeTree tree;
+  float* sums;
+  FinalizeBackwardParams centre;
 };
 
 template <typename T, typename Tile, typename Product>
@@ -68,12 +72,34 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     out[0] = product.take(0);
     out[channels] = product.take(1);
   }
+
+  MergeTwoSums<Tile::kThreads, kColumns> merge{p.partial, channels, column, product.sums(0), 0.0f, 0.0f};
+  static_assert(2 * Tile::kThreads <= 2 * Tile::kLanes * kColumns);
+  if (!climb(p.tree, column / kColumns, tile, reinterpret_cast<int*>(product.sums(2)), merge)) return;
+  if (tid < kColumns && column + tid < channels) {
+    p.sums[column + tid] = merge.a;
+    p.sums[channels + column + tid] = merge.b;
+    if (p.centre.coefficients) {
+      finalize_backward_channel(p.centre, column + tid, 0, merge.a);
+      finalize_backward_channel(p.centre, column + tid, 1, merge.b);
+    }
+  }
 }
 
 template <typename T, typename Tile, typename Product>
 cudaError_t launch_dgrad(const PreactConvDgradParams& p, const typename Product::Params& product,
                          int64_t tiles, size_t shared, Stream stream) {
-  const DgradParams<typename Product::Params> params{product, p.x, p.bn, p.slope, p.dz_in, p.dz, p.partial};
+  const DgradParams<typename Product::Params> params{
+      product,
+      p.x,
+      p.bn,
+      p.slope,
+      p.dz_in,
+      p.dz,
+      p.partial,
+      {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
+      p.sums,
+      p.centre};
   return launch<dgrad_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
                                                 Tile::kThreads, shared, stream, params);
 }
@@ -102,9 +128,9 @@ template <typename T> cudaError_t preact_conv_dgrad(const PreactConvDgradParams&
   const cudaError_t error = g.c <= 32   ? dgrad<T, 32>(p, halo, stream)
                             : g.c <= 64 ? dgrad<T, 64>(p, halo, stream)
                                         : dgrad<T, 128>(p, halo, stream);
-  if (error != cudaSuccess) return error;
-  return merge_sums(p.partial, halo ? halo_plan(g, false).tiles : plan_dgrad(g).tiles, 2 * g.c, p.sums,
-                    stream);
+  const int64_t tiles = halo ? halo_plan(g, false).tiles : plan_dgrad(g).tiles;
+  if (error != cudaSuccess || tiles <= tree_groups) return error;
+  return merge_sums(p.partial, tiles, 2 * g.c, p.sums, p.centre, stream);
 }
 template cudaError_t preact_conv_dgrad<RF_DTYPE>(const PreactConvDgradParams&, Stream);
 

@@ -1,6 +1,7 @@
 // y = conv(act(x*scale + shift)) + bias + residual, rounded once, with the statistics of y.
 #include "conv_halo.h"
 #include "conv_product.h"
+#include "finalize.h"
 #include "reduction.h"
 
 namespace resnet_fused {
@@ -13,7 +14,11 @@ template <typename Product> struct ForwardParams {
   const void* residual;
   void* y;
   float* partial;  // [tiles, 2, K], null: no statistics
-  float* counts;   // [tiles], rows of each; null: all are full but the last
+  float* counts;   // [column tiles, tiles], rows of each; null: all are full but the last
+  int64_t rows;
+  MergeTree tree;
+  float* stats;
+  FinalizeForwardParams next;
 };
 
 template <typename T, typename Tile, typename Product>
@@ -69,7 +74,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   float* const means = product.sums(2);
   const float n = static_cast<float>(product.rows());
-  if (p.counts && column == 0 && threadIdx.x == 0) p.counts[tile] = n;
+  float* const counts = p.counts ? p.counts + int64_t{column / kColumns} * p.tree.segments.groups : nullptr;
+  if (counts && threadIdx.x == 0) counts[tile] = n;
   const int tid = threadIdx.x;
   if (tid < kColumns) means[tid] = product.take(0) / n;
   __syncthreads();
@@ -93,6 +99,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     out[0] = means[tid] + residue / n;
     out[p.product.columns] = corrected_m2(squares, residue, n);
   }
+
+  MergeStats<Tile::kThreads, kColumns> merge{
+      p.partial, counts, p.product.columns, kTileRows, p.rows, column, product.sums(0), 0.0f, 0.0f, 0.0f};
+  static_assert(3 * Tile::kThreads <= 2 * Tile::kLanes * kColumns);
+  if (!climb(p.tree, column / kColumns, tile, reinterpret_cast<int*>(means), merge)) return;
+  if (tid < kColumns && column + tid < p.product.columns) {
+    p.stats[column + tid] = merge.mean;
+    p.stats[p.product.columns + column + tid] = merge.m2;
+    if (p.next.bn) finalize_forward_channel(p.next, column + tid, true, merge.mean, merge.m2);
+  }
 }
 
 template <typename T, typename Tile, typename Product>
@@ -101,7 +117,16 @@ cudaError_t launch_forward(const PreactConvForwardParams& p, typename Product::P
   product.bn = p.bn;
   product.slope = p.slope;
   const ForwardParams<typename Product::Params> params{
-      product, p.bias, p.residual, p.y, p.stats ? p.partial : nullptr, counts};
+      product,
+      p.bias,
+      p.residual,
+      p.y,
+      p.stats ? p.partial : nullptr,
+      counts,
+      p.g.n * p.g.p * p.g.q,
+      {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
+      p.stats,
+      p.next};
   return launch<forward_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
                                                   Tile::kThreads, shared, stream, params);
 }
@@ -132,8 +157,8 @@ template <typename T> cudaError_t preact_conv_forward(const PreactConvForwardPar
   const cudaError_t error = g.k <= 32   ? forward<T, 32>(p, halo, counts, stream)
                             : g.k <= 64 ? forward<T, 64>(p, halo, counts, stream)
                                         : forward<T, 128>(p, halo, counts, stream);
-  if (error != cudaSuccess || !p.stats) return error;
-  return merge_stats(p.partial, counts, tiles, g.k, kTileRows, g.n * g.p * g.q, p.stats, stream);
+  if (error != cudaSuccess || !p.stats || tiles <= tree_groups) return error;
+  return merge_stats(p.partial, counts, tiles, g.k, kTileRows, g.n * g.p * g.q, p.stats, p.next, stream);
 }
 template cudaError_t preact_conv_forward<RF_DTYPE>(const PreactConvForwardParams&, Stream);
 

@@ -192,7 +192,8 @@ template <typename T> struct BiasGradient {
 
 }  // namespace
 
-template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams& p, Stream stream) {
+template <typename T>
+cudaError_t preact_conv_wgrad(const PreactConvWgradParams& p, WeightMerge* later, Stream stream) {
   const WgradSplit split = wgrad_split(p.g, static_cast<int>(sizeof(T)), stream.multiprocessors);
   WgradParams params{};
   params.plan = plan_forward(p.g);
@@ -214,7 +215,11 @@ template <typename T> cudaError_t preact_conv_wgrad(const PreactConvWgradParams&
                             params.c,
                             static_cast<int32_t>(p.g.s),
                             params.plan.taps_total};
-  error = merge_weight(p.partial, split.splits, p.g.k * split.columns, weight, stream);
+  const WeightMerge merge{p.partial, split.splits, p.g.k * split.columns, weight};
+  if (later)
+    *later = merge;
+  else
+    error = merge_weight(merge, stream);
   if (error != cudaSuccess || !p.dbias) return error;
   return bias_gradient<T>(p.dy, params.plan.phase[0].rows, p.g.k, p.partial, p.dbias, stream);
 }
@@ -227,7 +232,7 @@ cudaError_t bias_gradient(const void* dy, int64_t rows, int64_t k, float* partia
 }
 
 template cudaError_t bias_gradient<RF_DTYPE>(const void*, int64_t, int64_t, float*, float*, Stream);
-template cudaError_t preact_conv_wgrad<RF_DTYPE>(const PreactConvWgradParams&, Stream);
+template cudaError_t preact_conv_wgrad<RF_DTYPE>(const PreactConvWgradParams&, WeightMerge*, Stream);
 
 }  // namespace cuda
 }  // namespace resnet_fused

@@ -1,6 +1,8 @@
 #include "reduction.h"
 
+#include "finalize.h"
 #include "index.h"
+#include "weight_merge.h"
 
 namespace resnet_fused {
 namespace cuda {
@@ -17,8 +19,8 @@ struct MergeParams {
   int64_t rows_per_group, rows;
   const float* counts;  // instead of these two
   float* counts_out;
-  bool to_weight;
-  WeightOutput weight;
+  FinalizeForwardParams next;     // of statistics
+  FinalizeBackwardParams centre;  // of sums
 };
 
 __global__ void __launch_bounds__(kColumns* kLanes)
@@ -47,19 +49,8 @@ __global__ void __launch_bounds__(kColumns* kLanes)
     out[0] = mean;
     out[p.columns] = m2;
     if (p.counts_out && column == 0) p.counts_out[blockIdx.y] = n;
+    if (p.next.bn) finalize_forward_channel(p.next, column, true, mean, m2);
   }
-}
-
-__device__ void store_weight(const WeightOutput& w, int64_t column, float value) {
-  const int64_t tap = column / w.c, c = column % w.c;
-  const int64_t k = tap / w.taps, r = tap % w.taps / w.s, s = tap % w.taps % w.s;
-  const int64_t at = k * w.stride_k + c * w.stride_c + r * w.stride_r + s * w.stride_s;
-  if (w.type == ParameterType::float32)
-    static_cast<float*>(w.data)[at] = value;
-  else if (w.type == ParameterType::bfloat16)
-    static_cast<bfloat16*>(w.data)[at] = from_float<bfloat16>(value);
-  else
-    static_cast<float16*>(w.data)[at] = from_float<float16>(value);
 }
 
 __global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __grid_constant__ MergeParams p) {
@@ -76,17 +67,27 @@ __global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __gr
   __syncthreads();
   if (lane == 0 && column < p.columns) {
     for (int i = 1; i < kLanes; ++i) total += cell[i][in_tile];
-    if (p.to_weight)
-      store_weight(p.weight, column, total);
-    else
-      p.out[int64_t{blockIdx.y} * p.columns + column] = total;
+    p.out[int64_t{blockIdx.y} * p.columns + column] = total;
+    if (p.centre.coefficients) {
+      const int which = column >= p.centre.channels;
+      finalize_backward_channel(p.centre, column - which * p.centre.channels, which, total);
+    }
   }
+}
+
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_weight_kernel(const __grid_constant__ WeightMerge p) {
+  RF_SHARED_MEMORY(shared);
+  merge_weight_block(p, blockIdx.x, shared);
 }
 
 // In one step, or in two with the results of the first behind the partial results.
 template <auto kernel>
-cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_group, bool to_weight,
-                  int cells, Stream stream) {
+cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_group, int cells,
+                  Stream stream) {
+  const FinalizeForwardParams next = p.next;
+  const FinalizeBackwardParams centre = p.centre;
+  p.next.bn = p.centre.coefficients = nullptr;  // in the last step only
   const size_t shared = size_t{sizeof(float)} * cells * kLanes * kColumns;
   const unsigned tiles = static_cast<unsigned>(divide_up(p.columns, kColumns));
   const int64_t blocks = merge_blocks(p.groups);
@@ -106,7 +107,7 @@ cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_
   }
   p.out = out;
   p.groups_per_block = p.groups;
-  p.to_weight = to_weight;
+  p.next = next, p.centre = centre;
   return launch<kernel>(dim3(tiles), kColumns * kLanes, shared, stream, p);
 }
 
@@ -118,24 +119,24 @@ int64_t partial_floats(int64_t groups, int64_t columns) {
 }
 
 cudaError_t merge_stats(float* partial, float* counts, int64_t groups, int64_t channels,
-                        int64_t rows_per_group, int64_t rows, float* stats, Stream stream) {
+                        int64_t rows_per_group, int64_t rows, float* stats, const FinalizeForwardParams& next,
+                        Stream stream) {
   MergeParams p{};
   p.groups = groups, p.columns = channels, p.rows_per_group = rows_per_group, p.rows = rows;
-  p.counts = counts;
-  return merge<merge_stats_kernel>(p, partial, stats, 2 * channels, false, 3, stream);
+  p.counts = counts, p.next = next;
+  return merge<merge_stats_kernel>(p, partial, stats, 2 * channels, 3, stream);
 }
 
-cudaError_t merge_sums(float* partial, int64_t groups, int64_t columns, float* sums, Stream stream) {
+cudaError_t merge_sums(float* partial, int64_t groups, int64_t columns, float* sums,
+                       const FinalizeBackwardParams& centre, Stream stream) {
   MergeParams p{};
-  p.groups = groups, p.columns = columns;
-  return merge<merge_sums_kernel>(p, partial, sums, columns, false, 1, stream);
+  p.groups = groups, p.columns = columns, p.centre = centre;
+  return merge<merge_sums_kernel>(p, partial, sums, columns, 1, stream);
 }
 
-cudaError_t merge_weight(float* partial, int64_t groups, int64_t columns, const WeightOutput& weight,
-                         Stream stream) {
-  MergeParams p{};
-  p.groups = groups, p.columns = columns, p.weight = weight;
-  return merge<merge_sums_kernel>(p, partial, nullptr, columns, true, 1, stream);
+cudaError_t merge_weight(const WeightMerge& p, Stream stream) {
+  return launch<merge_weight_kernel>(dim3(static_cast<unsigned>(weight_merge_blocks(p))), kMergeThreads,
+                                     kMergeShared, stream, p);
 }
 
 }  // namespace cuda

@@ -100,13 +100,13 @@ __device__ void block_stats(const RowsShape& shape, float n, const float* mean, 
 // channel, offset, value, second) stores what there is to store and gives the value, as rounded, and for sums
 // the second value.
 template <typename Op, int V>
-__global__ void __launch_bounds__(kRowsThreads, 2)
-    rows_kernel(const __grid_constant__ RowsParams<typename Op::Params> p) {
+__device__ __forceinline__ void rows_block(const RowsParams<typename Op::Params>& p, int64_t block_x,
+                                           int64_t block_y) {
   const RowsShape& shape = p.shape;
   const int tid = threadIdx.x, lane = tid / shape.strip, lanes = kRowsThreads / shape.strip;
-  const int64_t vector = int64_t{blockIdx.y} * shape.strip + tid % shape.strip;
+  const int64_t vector = block_y * shape.strip + tid % shape.strip;
   const int64_t c = vector * V;
-  const Piece group = piece_of(blockIdx.x, shape.rows_per_group, shape.rows);
+  const Piece group = piece_of(block_x, shape.rows_per_group, shape.rows);
   const bool active = vector < shape.vectors;
   float a[V], b[V];  // sums, or mean and M2
   float n = 0.0f;
@@ -164,6 +164,12 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
 }
 
 template <typename Op, int V>
+__global__ void __launch_bounds__(kRowsThreads, 2)
+    rows_kernel(const __grid_constant__ RowsParams<typename Op::Params> p) {
+  rows_block<Op, V>(p, blockIdx.x, blockIdx.y);
+}
+
+template <typename Op, int V>
 cudaError_t launch_rows_of(const typename Op::Params& op, int64_t rows, int64_t channels, float* partial,
                            float* out, Stream stream) {
   constexpr bool reduces = Op::kReduce != Reduce::none;
@@ -175,8 +181,8 @@ cudaError_t launch_rows_of(const typename Op::Params& op, int64_t rows, int64_t 
   const cudaError_t error = launch<rows_kernel<Op, V>>(grid, kRowsThreads, shared, stream, p);
   if (error != cudaSuccess || !reduces) return error;
   return Op::kReduce == Reduce::stats ? merge_stats(partial, nullptr, p.shape.groups, channels,
-                                                    p.shape.rows_per_group, rows, out, stream)
-                                      : merge_sums(partial, p.shape.groups, 2 * channels, out, stream);
+                                                    p.shape.rows_per_group, rows, out, {}, stream)
+                                      : merge_sums(partial, p.shape.groups, 2 * channels, out, {}, stream);
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

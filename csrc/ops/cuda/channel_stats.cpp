@@ -1,11 +1,10 @@
 // Per-channel mean and sum of squared deviations of an activation.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-Tensor channel_stats_op(const Tensor& x) {
+Tensor channel_stats_of(const Tensor& x) {
   const Activation input = check_activation(x, "input");
   const Target target(x);
   if (input.numel() == 0) return zeros_matrix(2, input.c, x);
@@ -17,11 +16,9 @@ Tensor channel_stats_op(const Tensor& x) {
   return stats;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(RF_LIBRARY, m) { m.def("channel_stats(Tensor x) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(RF_LIBRARY, RF_KEY, m) { m.impl("channel_stats", TORCH_BOX(&channel_stats_op)); }
+STABLE_TORCH_LIBRARY_IMPL(RF_LIBRARY, RF_KEY, m) { m.impl("channel_stats", TORCH_BOX(&channel_stats_of)); }
 
 }  // namespace cuda
 }  // namespace resnet_fused

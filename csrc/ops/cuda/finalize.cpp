@@ -1,11 +1,31 @@
 // The per-channel steps between the passes, one launch each.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-void check_count(int64_t count) { RF_CHECK(count >= 0, "expected a count >= 0, but got ", count); }
+static void check_count(int64_t count) { RF_CHECK(count >= 0, "expected a count >= 0, but got ", count); }
+
+FinalizeForwardParams finalize_forward_params(const std::optional<Tensor>& stats, int64_t count,
+                                              const std::optional<Tensor>& running_mean,
+                                              const std::optional<Tensor>& running_var,
+                                              const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& bias, double eps, int64_t channels) {
+  check_count(count);
+  FinalizeForwardParams params{};
+  if (stats) {
+    params.stats = float_data(*stats);
+  } else {
+    params.running_mean = check_vector(running_mean, "running_mean", channels);
+    params.running_var = check_vector(running_var, "running_var", channels);
+  }
+  params.channels = channels, params.count = count, params.eps = eps;
+  params.weight = check_vector(weight, "weight", channels);
+  params.bias = check_vector(bias, "bias", channels);
+  return params;
+}
+
+namespace {
 
 Tensor finalize_forward_op(const std::optional<Tensor>& stats, int64_t count,
                            const std::optional<Tensor>& running_mean,
@@ -18,17 +38,9 @@ Tensor finalize_forward_op(const std::optional<Tensor>& stats, int64_t count,
   const int64_t channels = stats ? check_columns(*stats, "stats") : running_mean->numel();
   const Target target(source);
   std::optional<Tensor> batch;
-  FinalizeForwardParams params{};
-  if (stats) {
-    batch = check_matrix(*stats, "stats", 2, channels);
-    params.stats = float_data(batch);
-  } else {
-    params.running_mean = check_vector(running_mean, "running_mean", channels);
-    params.running_var = check_vector(running_var, "running_var", channels);
-  }
-  params.channels = channels, params.count = count, params.eps = eps;
-  params.weight = check_vector(weight, "weight", channels);
-  params.bias = check_vector(bias, "bias", channels);
+  if (stats) batch = check_matrix(*stats, "stats", 2, channels);
+  FinalizeForwardParams params =
+      finalize_forward_params(batch, count, running_mean, running_var, weight, bias, eps, channels);
   const Tensor bn = empty_matrix(4, channels, source);
   if (channels == 0) return bn;
   params.bn = mutable_floats(bn);
@@ -51,6 +63,42 @@ void update_running_stats_op(const Tensor& running_mean, const Tensor& running_v
   RF_CHECK(count > 1, "Expected more than 1 value per channel when training, got count ", count);
   params.stats = float_data(batch);
   check(update_running_stats(params, target.stream()));
+}
+
+// update_running_stats of several BatchNorms, and one more batch for each counter; a launch for every kUnitNorms.
+void update_running_stats_of_unit_op(const std::vector<Tensor>& running_means,
+                                     const std::vector<Tensor>& running_vars, const std::vector<Tensor>& stats,
+                                     const std::vector<int64_t>& counts, const std::vector<double>& momenta,
+                                     const std::vector<Tensor>& batches_tracked) {
+  const size_t n = running_means.size(), counters = batches_tracked.size();
+  RF_CHECK(running_vars.size() == n && stats.size() == n && counts.size() == n && momenta.size() == n,
+           "expected ", n, " running_vars, stats, counts and momenta, but got ", running_vars.size(), ", ",
+           stats.size(), ", ", counts.size(), " and ", momenta.size());
+  if (n + counters == 0) return;
+  const Target target(n > 0 ? stats[0] : batches_tracked[0]);
+  std::vector<UpdateRunningStatsParams> norms;
+  std::vector<Tensor> kept;
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t channels = check_columns(stats[i], "stats");
+    kept.push_back(check_matrix(stats[i], "stats", 2, channels));
+    RF_CHECK(counts[i] > 1, "Expected more than 1 value per channel when training, got count ", counts[i]);
+    if (channels == 0) continue;
+    norms.push_back({channels, counts[i], float_data(kept.back()),
+                     check_vector(running_means[i], "running_mean", channels),
+                     check_vector(running_vars[i], "running_var", channels), momenta[i]});
+  }
+  for (const Tensor& batches : batches_tracked)
+    RF_CHECK(on_device(batches) && batches.scalar_type() == torch::headeronly::ScalarType::Long &&
+                 batches.numel() == 1,
+             "expected num_batches_tracked to be one int64 on ", kDevice);
+  for (size_t first = 0; first < norms.size() || first < counters; first += kUnitNorms) {
+    UpdateUnitParams params{};
+    for (size_t i = first; i < norms.size() && i < first + kUnitNorms; ++i)
+      params.norm[params.norms++] = norms[i];
+    for (size_t i = first; i < counters && i < first + kUnitNorms; ++i)
+      params.counter[params.counters++] = static_cast<int64_t*>(batches_tracked[i].mutable_data_ptr());
+    check(update_running_stats_of_unit(params, target.stream()));
+  }
 }
 
 Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
@@ -76,12 +124,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RF_LIBRARY, m) {
   m.def(
       "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats,"
       " int count, float momentum) -> ()");
+  m.def(
+      "update_running_stats_of_unit(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] stats,"
+      " int[] counts, float[] momenta, Tensor(c!)[] batches_tracked) -> ()");
   m.def("finalize_backward(Tensor sums, Tensor bn, int count, bool training) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RF_LIBRARY, RF_KEY, m) {
   m.impl("finalize_forward", TORCH_BOX(&finalize_forward_op));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats_op));
+  m.impl("update_running_stats_of_unit", TORCH_BOX(&update_running_stats_of_unit_op));
   m.impl("finalize_backward", TORCH_BOX(&finalize_backward_op));
 }
 

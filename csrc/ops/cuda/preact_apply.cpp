@@ -1,12 +1,11 @@
 // dx = dskip + A*dz + B*(x - mean) + C.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                       const std::optional<Tensor>& dskip) {
+Tensor preact_apply_of(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                       const std::optional<Tensor>& dskip, const std::vector<WeightMerge>& merges) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
@@ -17,8 +16,18 @@ Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coeffici
   const PreactApplyParams params{input.pixels(),       input.c,          gradient.data(),
                                  input.data(),         float_data(rows), optional_data(dskip),
                                  dx.mutable_data_ptr()};
-  with_type(input.dtype, [&](auto type) { check(preact_apply<decltype(type)>(params, target.stream())); });
+  with_type(input.dtype, [&](auto type) { 
+    check(preact_apply_and_merge<decltype(type)>(params, merges.data(), static_cast<int>(merges.size()),
+                                                 target.stream()));
+  });
   return dx;
+}
+
+namespace {
+
+Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                       const std::optional<Tensor>& dskip) {
+  return preact_apply_of(dz, x, coefficients, dskip, {});
 }
 
 }  // namespace

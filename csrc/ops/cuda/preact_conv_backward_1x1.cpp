@@ -1,15 +1,13 @@
 // (dz, sums) of preact_conv_dgrad and (dweight, dbias) of preact_conv_wgrad in one kernel.
 #include "kernels/cuda/index.h"
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(const Tensor& dy, const Tensor& weight,
-                                                                       const Tensor& x, const Tensor& bn,
-                                                                       const std::optional<Tensor>& dz_in,
-                                                                       double slope, bool want_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_of(
+    const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn,
+    const std::optional<Tensor>& dz_in, double slope, bool want_bias, const Prepared& prepared) {
   const Activation input = check_activation(x, "input");
   const Target target(x);
   const std::vector<int64_t> one = {1, 1}, zero = {0, 0};
@@ -40,7 +38,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(const Ten
       backward_1x1_partial_floats(g, element_size(input.dtype), want_bias, stream.multiprocessors);
   const Tensor partial_sums = empty_vector(floats.sums, x), partial_dweight = empty_vector(floats.dweight, x);
   const Tensor source = aligned(x);
-  const Tensor packed = packed_weight(weight, g, input.dtype, target);
+  const Tensor packed = prepared.weight ? *prepared.weight : packed_weight(weight, g, input.dtype, target);
+  const Tensor counters =
+      zero_counters(prepared.counters ? 0 : backward_1x1_counters(g, stream.multiprocessors), input.dtype, x,
+                    target);
   PreactConvDgradParams d{};
   d.g = g;
   d.dy = gradient.const_data_ptr();
@@ -50,6 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(const Ten
   d.dz_in = optional_data(joined);
   d.dz = dz.mutable_data_ptr();
   d.sums = mutable_floats(sums), d.partial = mutable_floats(partial_sums);
+  d.counters = prepared.counters ? prepared.counters : counters_of(counters);
+  d.centre = prepared.centre;
+  d.centre.bn = d.bn;
   PreactConvWgradParams w{};
   w.dweight = dweight.mutable_data_ptr();
   w.type = parameter;
@@ -57,9 +61,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(const Ten
   w.stride_k = strides[0], w.stride_c = strides[1], w.stride_r = strides[2], w.stride_s = strides[3];
   w.dbias = want_bias ? mutable_floats(bias_sums) : nullptr;
   w.partial = mutable_floats(partial_dweight);
-  with_type(input.dtype, [&](auto type) { check(preact_conv_backward_1x1<decltype(type)>(d, w, stream)); });
+  // The bias' gradient takes the memory of the partial results.
+  WeightMerge* const later = want_bias ? nullptr : prepared.later;
+  if (later) *prepared.later_partial = partial_dweight;
+  with_type(input.dtype,
+            [&](auto type) { check(preact_conv_backward_1x1<decltype(type)>(d, w, later, stream)); });
   if (!want_bias) return {dz, sums, dweight, empty_vector(0, x, parameter)};
   return {dz, sums, dweight, first_row(bias_sums, parameter)};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(const Tensor& dy, const Tensor& weight,
+                                                                       const Tensor& x, const Tensor& bn,
+                                                                       const std::optional<Tensor>& dz_in,
+                                                                       double slope, bool want_bias) {
+  return preact_conv_backward_1x1_of(dy, weight, x, bn, dz_in, slope, want_bias, {});
 }
 
 }  // namespace

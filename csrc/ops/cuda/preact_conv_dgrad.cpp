@@ -1,19 +1,17 @@
 // dz = act'(z) * conv_transpose(dy, weight) + dz_in, with BN's two reductions over dz.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const Tensor& weight, const Tensor& x,
+std::tuple<Tensor, Tensor> preact_conv_dgrad_of(const Tensor& dy, const Tensor& weight, const Tensor& x,
                                                 const Tensor& bn, const std::optional<Tensor>& dz_in,
-                                                double slope, const std::vector<int64_t>& stride,
-                                                const std::vector<int64_t>& padding,
-                                                const std::vector<int64_t>& dilation, int64_t groups) {
+                                                double slope, const ConvolutionOptions& options,
+                                                const Prepared& prepared) {
   const Activation input = check_activation(x, "input");
   const Target target(x);
   PreactConvDgradParams params{};
-  const ConvGeometry g = params.g = check_convolution(input, weight, {stride, padding, dilation, groups});
+  const ConvGeometry g = params.g = check_convolution(input, weight, options);
   const Tensor gradient = aligned(check_output_like(dy, "dy", g, input).tensor);
   const Tensor bn_rows = check_matrix(bn, "bn", 4, g.c);
   std::optional<Tensor> joined;
@@ -26,7 +24,9 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const Tensor& 
   const Tensor sums = empty_matrix(2, g.c, x);
   const Tensor partial = empty_vector(conv_dgrad_partial_floats(g), x);
   const Tensor source = aligned(x);
-  const Tensor packed = packed_weight(weight, g, input.dtype, target);
+  const Tensor packed = prepared.weight ? *prepared.weight : packed_weight(weight, g, input.dtype, target);
+  const Tensor counters =
+      zero_counters(prepared.counters ? 0 : conv_dgrad_counters(g), input.dtype, x, target);
   params.dy = gradient.const_data_ptr();
   params.weight = packed.const_data_ptr();
   params.x = source.const_data_ptr();
@@ -34,9 +34,22 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const Tensor& 
   params.dz_in = optional_data(joined);
   params.dz = dz.mutable_data_ptr();
   params.sums = mutable_floats(sums), params.partial = mutable_floats(partial);
+  params.counters = prepared.counters ? prepared.counters : counters_of(counters);
+  params.centre = prepared.centre;
+  params.centre.bn = params.bn;
   with_type(input.dtype,
             [&](auto type) { check(preact_conv_dgrad<decltype(type)>(params, target.stream())); });
   return {dz, sums};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const Tensor& weight, const Tensor& x,
+                                                const Tensor& bn, const std::optional<Tensor>& dz_in,
+                                                double slope, const std::vector<int64_t>& stride,
+                                                const std::vector<int64_t>& padding,
+                                                const std::vector<int64_t>& dilation, int64_t groups) {
+  return preact_conv_dgrad_of(dy, weight, x, bn, dz_in, slope, {stride, padding, dilation, groups}, {});
 }
 
 }  // namespace

@@ -1,20 +1,17 @@
 // dweight of a pre-activation convolution, with the activation recomputed from x, and dbias.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace cuda {
-namespace {
 
-std::tuple<Tensor, Tensor> preact_conv_wgrad_op(const Tensor& dy, const Tensor& x,
+std::tuple<Tensor, Tensor> preact_conv_wgrad_of(const Tensor& dy, const Tensor& x,
                                                 const std::optional<Tensor>& bn, const Tensor& weight,
-                                                double slope, const std::vector<int64_t>& stride,
-                                                const std::vector<int64_t>& padding,
-                                                const std::vector<int64_t>& dilation, int64_t groups,
-                                                bool want_bias) {
+                                                double slope, const ConvolutionOptions& options, bool want_bias,
+                                                const Prepared& prepared) {
   const Activation input = check_activation(x, "input");
   const Target target(x);
   PreactConvWgradParams params{};
-  const ConvGeometry g = params.g = check_convolution(input, weight, {stride, padding, dilation, groups});
+  const ConvGeometry g = params.g = check_convolution(input, weight, options);
   const Tensor gradient = aligned(check_output_like(dy, "dy", g, input).tensor);
   std::optional<Tensor> bn_rows;
   if (bn) bn_rows = check_matrix(*bn, "bn", 4, g.c);
@@ -43,9 +40,23 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad_op(const Tensor& dy, const Tensor& 
   params.stride_s = strides[3];
   params.dbias = want_bias ? mutable_floats(bias_sums) : nullptr;
   params.partial = mutable_floats(partial);
-  with_type(input.dtype, [&](auto type) { check(preact_conv_wgrad<decltype(type)>(params, stream)); });
+  // The bias' gradient takes the memory of the partial results.
+  WeightMerge* const later = want_bias ? nullptr : prepared.later;
+  if (later) *prepared.later_partial = partial;
+  with_type(input.dtype, [&](auto type) { check(preact_conv_wgrad<decltype(type)>(params, later, stream)); });
   if (!want_bias) return {dweight, empty_vector(0, x, parameter)};
   return {dweight, first_row(bias_sums, parameter)};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> preact_conv_wgrad_op(const Tensor& dy, const Tensor& x,
+                                                const std::optional<Tensor>& bn, const Tensor& weight,
+                                                double slope, const std::vector<int64_t>& stride,
+                                                const std::vector<int64_t>& padding,
+                                                const std::vector<int64_t>& dilation, int64_t groups,
+                                                bool want_bias) {
+  return preact_conv_wgrad_of(dy, x, bn, weight, slope, {stride, padding, dilation, groups}, want_bias, {});
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include "primitives.h"
+
 #include "kernels/cuda/index.h"
 
 #ifdef RF_EMULATE
@@ -189,14 +191,17 @@ std::optional<Tensor> check_bias(const std::optional<Tensor>& bias, int64_t leng
   return bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
 }
 
-Tensor packed_weight(const Tensor& weight, const ConvGeometry& g, DType dtype, const Target& target) {
+bool is_packed(const Tensor& weight, const ConvGeometry& g, DType dtype) {
   const auto strides = weight.strides();
   const bool dense = (g.c <= 1 || strides[1] == 1) && (g.s <= 1 || strides[3] == g.c) &&
                      (g.r <= 1 || strides[2] == g.s * g.c) && (g.k <= 1 || strides[0] == g.r * g.s * g.c);
-  if (dense && has_dtype(weight, dtype) && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0)
-    return weight;
-  const Tensor packed = empty_activation(g.k, g.c, g.r, g.s, dtype, weight);
-  const PackWeightParams params{g.k,
+  return dense && has_dtype(weight, dtype) &&
+         reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0;
+}
+
+PackWeightParams pack_params(const Tensor& weight, const ConvGeometry& g, DType dtype, void* packed) {
+  const auto strides = weight.strides();
+  return {g.k,
                                 g.c,
                                 g.r,
                                 g.s,
@@ -206,7 +211,22 @@ Tensor packed_weight(const Tensor& weight, const ConvGeometry& g, DType dtype, c
                                 strides[3],
                                 weight.const_data_ptr(),
                                 check_parameter_dtype(weight, "weight", dtype),
-                                packed.mutable_data_ptr()};
+                                packed};
+}
+
+Tensor zero_counters(int64_t count, DType dtype, const Tensor& like, const Target& target) {
+  const Tensor counters = empty_vector(count, like);
+  if (count == 0) return counters;
+  BeginUnitParams params{};
+  params.counters = counters_of(counters), params.counters_count = count;
+  with_type(dtype, [&](auto type) { check(begin_unit<decltype(type)>(params, target.stream())); });
+  return counters;
+}
+
+Tensor packed_weight(const Tensor& weight, const ConvGeometry& g, DType dtype, const Target& target) {
+  if (is_packed(weight, g, dtype)) return weight;
+  const Tensor packed = empty_activation(g.k, g.c, g.r, g.s, dtype, weight);
+  const PackWeightParams params = pack_params(weight, g, dtype, packed.mutable_data_ptr());
   with_type(dtype, [&](auto type) { check(pack_weight<decltype(type)>(params, target.stream())); });
   return packed;
 }

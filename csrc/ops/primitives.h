@@ -1,0 +1,50 @@
+// The CPU primitives as functions: what the operators of those names run.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "tensor.h"
+
+namespace resnet_fused {
+
+Tensor channel_stats(const Tensor& x);
+
+Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count,
+                        const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                        const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps);
+
+Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training);
+
+void update_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& stats,
+                          int64_t count, double momentum);
+
+// (y, stats)
+std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optional<Tensor>& bn,
+                                               const Tensor& weight, const std::optional<Tensor>& bias,
+                                               const std::optional<Tensor>& residual, double slope,
+                                               const std::vector<int64_t>& stride,
+                                               const std::vector<int64_t>& padding,
+                                               const std::vector<int64_t>& dilation, int64_t groups,
+                                               bool want_stats);
+
+// (dz, sums)
+std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x,
+                                             const Tensor& bn, const std::optional<Tensor>& dz_in,
+                                             double slope, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding,
+                                             const std::vector<int64_t>& dilation, int64_t groups);
+
+// (dweight, dbias)
+std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
+                                             const std::optional<Tensor>& bn, const Tensor& weight,
+                                             double slope, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding,
+                                             const std::vector<int64_t>& dilation, int64_t groups,
+                                             bool want_bias);
+
+Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                    const std::optional<Tensor>& dskip);
+
+}  // namespace resnet_fused

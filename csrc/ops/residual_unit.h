@@ -1,0 +1,256 @@
+// A whole residual unit out of primitives, forward and backward: the sequence, once for every backend. It is that
+// of resnet_fused/ops/residual_unit.py and residual_unit_backward.py, which runs where primitives of one unit go to
+// different backends; results are the same to the bit.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+
+// The operators of every backend. The forward's arguments are those of resnet_fused::residual_unit; x, dout and raw
+// are dense channels_last, and so are out and dx. combined: of each convolution and of the shortcut, whether
+// preact_conv_backward_1x1 makes both of its gradients, where both are needed.
+#define RF_UNIT_FORWARD_SCHEMA                                                                              \
+  "residual_unit_forward(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases,"             \
+  " Tensor?[] running_means, Tensor?[] running_vars, Tensor[] weights, Tensor?[] biases,"                   \
+  " Tensor? shortcut_weight, Tensor? shortcut_bias, bool[] training, float[] eps, float negative_slope,"    \
+  " int[] strides, int[] paddings, int[] dilations, int[] groups, int[2] shortcut_stride, bool want_stats," \
+  " bool want_raw) -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
+#define RF_UNIT_BACKWARD_SCHEMA                                                                             \
+  "residual_unit_backward(Tensor dout, Tensor x, Tensor[] raw, Tensor[] bns, Tensor[] weights,"             \
+  " Tensor? shortcut_weight, bool[] training, float negative_slope, int[] strides, int[] paddings,"         \
+  " int[] dilations, int[] groups, int[2] shortcut_stride, bool[] output_mask, bool[] combined)"            \
+  " -> (Tensor dx, Tensor[] sums, Tensor[] dweights, Tensor[] dbiases, Tensor dshortcut_weight,"            \
+  " Tensor dshortcut_bias)"
+
+namespace resnet_fused {
+
+using torch::stable::Tensor;
+
+struct UnitNorm {
+  std::optional<Tensor> weight, bias, running_mean, running_var;
+  bool training;  // use batch statistics
+  double eps;
+};
+
+struct UnitConvolution {
+  Tensor weight;
+  std::optional<Tensor> bias;
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+};
+
+// The convolutions in order; the last one of `convolutions` is the shortcut's where the unit projects.
+struct Unit {
+  std::vector<UnitNorm> norms;
+  std::vector<UnitConvolution> convolutions;
+  bool projects;
+  double slope;
+
+  size_t size() const { return norms.size(); }
+  size_t shortcut() const { return norms.size(); }
+};
+
+using TensorList = std::vector<Tensor>;
+using OptionalTensorList = std::vector<std::optional<Tensor>>;
+using IntList = std::vector<int64_t>;
+
+inline Unit make_unit(const OptionalTensorList& bn_weights, const OptionalTensorList& bn_biases,
+                      const OptionalTensorList& running_means, const OptionalTensorList& running_vars,
+                      const TensorList& weights, const OptionalTensorList& biases,
+                      const std::optional<Tensor>& shortcut_weight,
+                      const std::optional<Tensor>& shortcut_bias, const std::vector<bool>& training,
+                      const std::vector<double>& eps, double slope, const IntList& strides,
+                      const IntList& paddings, const IntList& dilations, const IntList& groups,
+                      const IntList& shortcut_stride) {
+  const size_t n = weights.size();
+  for (const size_t length : {bn_weights.size(), bn_biases.size(), running_means.size(), running_vars.size(),
+                              biases.size(), training.size(), eps.size(), groups.size()})
+    RF_CHECK(n > 0 && length == n, "expected ", n, " of everything that a convolution has, but got ", length);
+  for (const size_t length : {strides.size(), paddings.size(), dilations.size()})
+    RF_CHECK(length == 2 * n, "expected ", n, " pairs, but got ", length, " integers");
+  Unit unit{{}, {}, shortcut_weight.has_value(), slope};
+  const auto pair = [](const IntList& list, size_t i) { return IntList{list[2 * i], list[2 * i + 1]}; };
+  unit.norms.reserve(n);
+  unit.convolutions.reserve(n + 1);
+  for (size_t i = 0; i < n; ++i) {
+    unit.norms.push_back(
+        {bn_weights[i], bn_biases[i], running_means[i], running_vars[i], training[i], eps[i]});
+    unit.convolutions.push_back(
+        {weights[i], biases[i], pair(strides, i), pair(paddings, i), pair(dilations, i), groups[i]});
+  }
+  if (shortcut_weight)
+    unit.convolutions.push_back({*shortcut_weight, shortcut_bias, shortcut_stride, {0, 0}, {1, 1}, 1});
+  return unit;
+}
+
+// Values per channel, N*H*W.
+inline int64_t values_per_channel(const Tensor& x) {
+  RF_CHECK(x.dim() == 4, "expected 4D input (got ", x.dim(), "D input)");
+  return x.size(0) * x.size(2) * x.size(3);
+}
+
+// What the primitives do not check of a BatchNorm, because they do not read it.
+inline void check_norm(const UnitNorm& norm, const Tensor& x, int64_t channels, int64_t count) {
+  RF_CHECK(norm.training ? norm.eps > 0.0 && count != 1 : norm.eps >= 0.0, "expected a positive eps, but got ",
+           norm.eps, ", and more than 1 value per channel, but got ", count);
+  RF_CHECK(norm.running_mean.has_value() == norm.running_var.has_value(),
+           "expected both or none of running_mean and running_var");
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = x.scalar_type(), acc = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  for (const auto* t : {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var}) {
+    if (!*t) continue;
+    const ScalarType own = (*t)->scalar_type();
+    RF_CHECK((*t)->dim() == 1 && (*t)->size(0) == channels && (own == acc || own == dtype) &&
+                 (*t)->is_cuda() == x.is_cuda() && (*t)->get_device_index() == x.get_device_index(),
+             "expected a parameter of BatchNorm with ", channels, " elements, but got size ",
+             to_string((*t)->sizes()), ", or another dtype or device than that of the input");
+  }
+}
+
+using UnitForward = std::tuple<Tensor, Tensor, TensorList, TensorList, TensorList>;
+
+// Backend: acc_nothing() gives an empty tensor of the acc dtype; channel_stats(x);
+//   begin_forward(stats of x or none, count) -> bn of the first BatchNorm and, if it likes, of others that use
+//     running statistics;
+//   finalize_forward(i, stats or none, count) -> bn of BatchNorm i;
+//   convolution(i, h, bn, residual, want_stats, next) -> (y, stats, bn of BatchNorm i + 1 if `next`).
+template <typename Backend>
+UnitForward residual_unit_forward(Backend& backend, const Unit& unit, const Tensor& x,
+                                  const std::optional<Tensor>& x_stats, bool want_stats, bool want_raw) {
+  const size_t n = unit.size();
+  const auto& norms = unit.norms;
+  std::optional<Tensor> first_stats;
+  TensorList raw, stats;
+  const int64_t count = values_per_channel(x);
+  check_norm(norms[0], x, x.size(1), count);
+  for (size_t i = 1; i < n; ++i) check_norm(norms[i], x, unit.convolutions[i - 1].weight.size(0), 0);
+  if (norms[0].training) first_stats = x_stats ? *x_stats : backend.channel_stats(x);
+  // Statistics that came as an argument are not an output: outputs do not alias inputs.
+  stats.push_back(first_stats && !x_stats ? *first_stats : backend.acc_nothing());
+  OptionalTensorList bn = backend.begin_forward(first_stats, count);
+  std::optional<Tensor> h = x, h_stats;
+  for (size_t i = 0; i < n; ++i) {
+    const bool last = i + 1 == n;
+    std::optional<Tensor> residual;
+    if (last && !unit.projects) residual = x;
+    // As late as possible: the projection's output lives for one convolution.
+    if (last && unit.projects)
+      residual = std::get<0>(backend.convolution(unit.shortcut(), x, *bn[0], std::nullopt, false, false));
+    const bool next = !last && norms[i + 1].training;
+    auto [y, y_stats, y_bn] = backend.convolution(i, *h, *bn[i], residual, last ? want_stats : next, next);
+    h = std::move(y), h_stats = std::move(y_stats);  // what was read is freed before the next is made
+    if (last) break;
+    const int64_t values = values_per_channel(*h);
+    RF_CHECK(!next || values != 1, "expected more than 1 value per channel when training");
+    if (next)
+      bn[i + 1] = std::move(y_bn);
+    else if (!bn[i + 1])
+      bn[i + 1] = backend.finalize_forward(i + 1, std::nullopt, values);
+    stats.push_back(next ? *h_stats : backend.acc_nothing());
+    if (want_raw) raw.push_back(*h);
+  }
+  TensorList bns;
+  for (auto& rows : bn) bns.push_back(std::move(*rows));
+  return {std::move(*h), std::move(*h_stats), std::move(raw), std::move(stats), std::move(bns)};
+}
+
+// dx, BatchNorms' sums, dweights, dbiases, the shortcut's dweight and dbias; of size 0 where not needed.
+using UnitBackward = std::tuple<Tensor, TensorList, TensorList, TensorList, Tensor, Tensor>;
+
+// output_mask: x; the BatchNorms, weights and biases in order; the shortcut's weight and bias.
+class UnitMask {
+ public:
+  UnitMask(const std::vector<bool>& mask, size_t n) : mask_(mask), n_(n) {
+    RF_CHECK(mask.size() == 3 * n + 3, "expected output_mask of ", 3 * n + 3, " values, but got ",
+             mask.size());
+  }
+  bool x() const { return mask_[0]; }
+  bool norm(size_t i) const { return mask_[1 + i]; }
+  // i == n: of the shortcut
+  bool weight(size_t i) const { return mask_[i == n_ ? 3 * n_ + 1 : 1 + n_ + i]; }
+  bool bias(size_t i) const { return mask_[i == n_ ? 3 * n_ + 2 : 1 + 2 * n_ + i]; }
+  // Whether anything that convolution i's input depends on needs a gradient.
+  bool below(size_t i) const {
+    bool any = x();
+    for (size_t j = 0; j <= i; ++j) any = any || norm(j) || (j < i && (weight(j) || bias(j)));
+    return any;
+  }
+
+ private:
+  const std::vector<bool>& mask_;
+  size_t n_;
+};
+
+struct UnitNeeds {
+  bool dz, weight, bias;
+};
+
+// Of one convolution. dz and sums are none if not needed, dweight and dbias of size 0.
+struct UnitGradients {
+  std::optional<Tensor> dz, sums, coefficients;
+  Tensor dweight, dbias;
+};
+
+// Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
+//   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`;
+//   preact_apply(dz, h, coefficients, dskip); finish_backward().
+template <typename Backend>
+UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const Tensor& dout, const Tensor& x,
+                                    const TensorList& raw, const TensorList& bns, const UnitMask& mask) {
+  const size_t n = unit.size();
+  RF_CHECK(raw.size() == n - 1 && bns.size() == n, "expected ", n - 1, " raw outputs and ", n,
+           " bns, but got ", raw.size(), " and ", bns.size());
+  backend.begin_backward(mask);
+  const auto needs = [&](size_t i, bool below) { return UnitNeeds{below, mask.weight(i), mask.bias(i)}; };
+  OptionalTensorList sums(n), dweights(n), dbiases(n);
+  std::optional<Tensor> dshortcut_weight, dshortcut_bias, dz_shortcut, dy = dout;
+  for (size_t i = n; i-- > 0;) {
+    const Tensor& h = i == 0 ? x : raw[i - 1];
+    const bool below = mask.below(i);
+    if (i == 0 && unit.projects) {
+      UnitGradients g = backend.gradients(unit.shortcut(), dout, x, bns[0], std::nullopt,
+                                          needs(unit.shortcut(), below), false);
+      dz_shortcut = std::move(g.dz);
+      dshortcut_weight = std::move(g.dweight), dshortcut_bias = std::move(g.dbias);
+    }
+    if (!dy) continue;  // nothing further down needs a gradient
+    const bool onwards = below && (i > 0 || mask.x());
+    UnitGradients g = backend.gradients(i, *dy, h, bns[i], dz_shortcut, needs(i, below), onwards);
+    dy.reset();  // freed before the next one is allocated
+    dweights[i] = std::move(g.dweight), dbiases[i] = std::move(g.dbias);
+    if (!below) continue;
+    if (onwards) {
+      std::optional<Tensor> dskip;
+      if (i == 0 && !unit.projects) dskip = dout;
+      dy = backend.preact_apply(*g.dz, h, *g.coefficients, dskip);
+    }
+    dz_shortcut.reset();
+    if (mask.norm(i)) sums[i] = std::move(g.sums);
+  }
+  backend.finish_backward();
+  const auto filled = [&](OptionalTensorList& list, bool acc) {
+    TensorList out;
+    for (size_t i = 0; i < n; ++i)
+      out.push_back(list[i] ? std::move(*list[i])
+                    : acc   ? backend.acc_nothing()
+                            : backend.nothing_like(unit.convolutions[i].weight));
+    return out;
+  };
+  const auto or_nothing = [&](std::optional<Tensor>& t) {
+    return t ? std::move(*t) : backend.nothing_like(x);
+  };
+  std::optional<Tensor> dx;
+  if (mask.x()) dx = std::move(dy);
+  TensorList all_sums = filled(sums, true), all_dweights = filled(dweights, false),
+             all_dbiases = filled(dbiases, false);
+  return {or_nothing(dx),           std::move(all_sums),         std::move(all_dweights),
+          std::move(all_dbiases),   or_nothing(dshortcut_weight), or_nothing(dshortcut_bias)};
+}
+
+}  // namespace resnet_fused
