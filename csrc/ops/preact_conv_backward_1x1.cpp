@@ -1,8 +1,8 @@
 // Both gradients of a 1x1 pre-activation convolution with stride 1: dz and BN's sums, dweight and dbias.
 #include "convolution.h"
+#include "primitives.h"
 
 namespace resnet_fused {
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor& dy, const Tensor& weight,
                                                                     const Tensor& x, const Tensor& bn,
@@ -38,8 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   cpu_kernels().preact_conv_backward_1x1[index_of(input.dtype)](dgrad, wgrad);
   return {dz, sums, dweight, parameter == acc ? dbias : torch::stable::to(dbias, weight.scalar_type())};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(

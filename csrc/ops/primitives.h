@@ -44,6 +44,12 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              bool want_bias);
 
+// (dz, sums, dweight, dbias) of a 1x1 convolution with stride 1 and padding 0
+std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor& dy, const Tensor& weight,
+                                                                    const Tensor& x, const Tensor& bn,
+                                                                    const std::optional<Tensor>& dz_in,
+                                                                    double slope, bool want_bias);
+
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                     const std::optional<Tensor>& dskip);
 

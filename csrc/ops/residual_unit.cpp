@@ -9,8 +9,8 @@ namespace {
 
 class CpuUnit {
  public:
-  CpuUnit(const Unit& unit, const Tensor& x)
-      : unit_(unit), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
+  CpuUnit(const Unit& unit, const Tensor& x, std::vector<bool> combined = {})
+      : unit_(unit), combined_(std::move(combined)), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
 
   Tensor acc_nothing() const { return empty_vector(0, acc_); }
   Tensor nothing_like(const Tensor& tensor) const {
@@ -52,10 +52,14 @@ class CpuUnit {
     const UnitConvolution& c = unit_.convolutions[i];
     RF_CHECK(needs.weight || !needs.bias, "expected the weight's gradient to be needed where the bias' is");
     UnitGradients g{{}, {}, {}, nothing_like(c.weight), nothing_like(c.weight)};
-    if (needs.weight)
+    const bool both = combined_[i] && needs.weight && needs.dz;
+    if (both)
+      std::tie(g.dz, g.sums, g.dweight, g.dbias) =
+          preact_conv_backward_1x1(dy, c.weight, h, bn, dz_in, unit_.slope, needs.bias);
+    if (needs.weight && !both)
       std::tie(g.dweight, g.dbias) = preact_conv_wgrad(dy, h, bn, c.weight, unit_.slope, c.stride, c.padding,
                                                        c.dilation, c.groups, needs.bias);
-    if (needs.dz)
+    if (needs.dz && !both)
       std::tie(g.dz, g.sums) = preact_conv_dgrad(dy, c.weight, h, bn, dz_in, unit_.slope, c.stride, c.padding,
                                                  c.dilation, c.groups);
     if (centre)
@@ -70,6 +74,7 @@ class CpuUnit {
 
  private:
   const Unit& unit_;
+  std::vector<bool> combined_;  // of each convolution: both gradients by preact_conv_backward_1x1
   DType acc_;
 };
 
@@ -94,12 +99,14 @@ UnitBackward backward(const Tensor& dout, const Tensor& x, const TensorList& raw
                       const std::vector<bool>& training, double slope, const IntList& strides,
                       const IntList& paddings, const IntList& dilations, const IntList& groups,
                       const IntList& shortcut_stride, const std::vector<bool>& output_mask,
-                      const std::vector<bool>&) {
+                      const std::vector<bool>& combined) {
   const OptionalTensorList none(weights.size());
   const Unit unit = make_unit(none, none, none, none, weights, none, shortcut_weight, std::nullopt, training,
                               std::vector<double>(weights.size()), slope, strides, paddings, dilations,
                               groups, shortcut_stride);
-  CpuUnit backend(unit, x);
+  RF_CHECK(combined.size() == unit.convolutions.size(), "expected combined of ", unit.convolutions.size(),
+           " values, but got ", combined.size());
+  CpuUnit backend(unit, x, combined);
   return residual_unit_backward(backend, unit, dout, x, raw, bns, UnitMask(output_mask, unit.size()));
 }
 
