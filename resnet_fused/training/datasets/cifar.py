@@ -39,7 +39,7 @@ _FORMS = (
 )
 _EXPECTED = (
     "expected cifar-10-batches-py, cifar-100-python, cifar-10-batches-bin, cifar-100-binary, their .tar.gz, "
-    "or train*.parquet and test*.parquet"
+    "train*.parquet and test*.parquet, or train/ and val/ with a directory of images per class"
 )
 
 
