@@ -487,5 +487,8 @@ def test_curves(tmp_path):
         if curves:
             draw_curves(str(path), curves, "title", reference=6.61)
             assert image.open(path).size == (1440, 540)
+    many = [Curve(f"{number}", rows, steps=[[1, 0.1, 2.0], [2, 0.1, 1.5]]) for number in range(9)]
+    draw_curves(str(tmp_path / "many.png"), many, "title")
+    assert image.open(tmp_path / "many.png").size == (1920, 540)
     with pytest.raises(UserError, match="cannot write .*missing"):
         draw_curves(str(tmp_path / "missing" / "a.png"), [Curve("a", rows)], "title")

@@ -14,11 +14,12 @@ from .lazy import require
 __all__ = ["CURVES", "Curve", "draw_curves", "pyplot"]
 
 CURVES = "curves.png"
+_IN_THE_PICTURE = 6  # curves whose legend has room in it
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The log of a run (rows of ``log.COLUMNS``) and how to show it.
+    """The log of a run (rows of ``log.COLUMNS``; ``steps``: of ``log.STEP_COLUMNS``) and how to show it.
 
     ``color`` is any of matplotlib's; runs of one net can share one, and ``dashed`` tell them apart.
     """
@@ -27,6 +28,7 @@ class Curve:
     history: Sequence[dict[str, Any]]
     color: str | None = None
     dashed: bool = False
+    steps: Sequence[Sequence[float]] = ()
 
 
 def pyplot(purpose: str) -> ModuleType:
@@ -42,6 +44,7 @@ def pyplot(purpose: str) -> ModuleType:
 def draw_curves(path: str, curves: Sequence[Curve], title: str, *, reference: float | None = None) -> None:
     """Training loss (left, logarithmic) and test error in % (right) over the iterations, as a PNG file.
 
+    The loss is that of single steps where a run has logged them, else the mean of each epoch.
     The axis counts epochs if a row does not tell its iteration (logs of earlier versions). Where a run has an
     average of its weights, its error is drawn too, thinner.
 
@@ -53,7 +56,8 @@ def draw_curves(path: str, curves: Sequence[Curve], title: str, *, reference: fl
     """
     plt = pyplot("drawing curves")
     unit = "iteration" if all("iteration" in row for curve in curves for row in curve.history) else "epoch"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    outside = len(curves) > _IN_THE_PICTURE
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16 if outside else 12, 4.5), layout="constrained")
     for curve in curves:
         if not curve.history:
             continue
@@ -61,7 +65,13 @@ def draw_curves(path: str, curves: Sequence[Curve], title: str, *, reference: fl
         style = {"color": curve.color, "linestyle": "--" if curve.dashed else "-", "linewidth": 1.4}
         if len(x) == 1:
             style["marker"] = "."
-        left.plot(x, [row["train_loss"] for row in curve.history], label=curve.label, **style)
+        if curve.steps and unit == "iteration":
+            left.plot(
+                *zip(*((step, loss) for step, _, loss in curve.steps), strict=True),
+                **{**style, "linewidth": 0.8},
+            )
+        else:
+            left.plot(x, [row["train_loss"] for row in curve.history], **style)
         right.plot(x, [100 * (1 - row["test_accuracy"]) for row in curve.history], label=curve.label, **style)
         averaged = [row.get("ema_test_accuracy") for row in curve.history]
         if all(value is not None for value in averaged):
@@ -73,7 +83,10 @@ def draw_curves(path: str, curves: Sequence[Curve], title: str, *, reference: fl
     right.set(xlabel=unit, ylabel="test error, %", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize="small")
+    if outside:
+        figure.legend(*right.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+    else:
+        right.legend(fontsize="small")
     figure.suptitle(title)
     try:
         figure.savefig(path, dpi=120)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("curves are not drawn: that needs the package matplotlib: pip install matplotlib")
     elif paths.curves is not False:
         path = os.path.join(run.directory, CURVES)
-        draw_curves(path, [Curve(run.options.model, run.history)], _title(run.options))
+        draw_curves(path, [Curve(run.options.model, run.history, steps=run.steps)], _title(run.options))
         print(f"curves: {path}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import itertools
 import os
 import statistics
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _markdown(
             for (row, variant, seed), outcome in failures
         ]
     for picture in pictures:
-        lines += ["", f"![curves of {picture.removesuffix('.png')}]({picture})"]
+        lines += ["", f"![curves of {picture.removeprefix('curves-').removesuffix('.png')}]({picture})"]
     if not pictures and done and importlib.util.find_spec("matplotlib") is None:
         lines += ["", "The curves are not drawn: that needs the package matplotlib."]
     return "\n".join(lines) + "\n"
@@ -202,18 +203,16 @@ def _draw(directory: str, plan: Plan, outcomes: Outcomes) -> list[str]:
     pictures = []
     for table in dict.fromkeys(row.table for row in plan.chosen()):
         rows = [row for row in plan.chosen() if row.table == table]
-        curves = [
-            Curve(
-                f"{row.title}, {variant}" if seed == plan.seeds[0] else "_nolegend_",
-                outcomes[row.name, variant, seed].history,
-                _COLORS[index % len(_COLORS)],
-                dashed=variant == VARIANTS[0],
-            )
-            for index, row in enumerate(rows)
-            for variant in plan.variants
-            for seed in plan.seeds
-            if (row.name, variant, seed) in outcomes and outcomes[row.name, variant, seed].history
-        ]
+        curves = []
+        for index, row in enumerate(rows):
+            for variant, seed in itertools.product(plan.variants, plan.seeds):
+                outcome = outcomes.get((row.name, variant, seed))
+                if outcome is not None and outcome.history:
+                    label = f"{row.title}, {variant}"
+                    if any(curve.label == label for curve in curves):
+                        label = "_nolegend_"  # of a further seed
+                    color, dashed = _COLORS[index % len(_COLORS)], variant == VARIANTS[0]
+                    curves.append(Curve(label, outcome.history, color, dashed, outcome.steps))
         if curves:
             pictures.append(f"curves-{table}.png")
             paper = rows[0].error if len(rows) == 1 else None

@@ -31,7 +31,7 @@ class Outcome:
         error: test error in % after the last epoch; None if it failed, and then ``failure`` says why.
         seconds: of training, without tests and checkpoints.
         machines: that trained it, in words; more than one if it was continued on another.
-        history: the log.
+        history, steps: the log, and the losses of single steps (``--log-every``).
         parameters: of the net.
     """
 
@@ -43,6 +43,7 @@ class Outcome:
     parameters: int = 0
     machines: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
 
 
 def read_outcome(directory: str, task: Task) -> Outcome | None:
@@ -126,6 +127,7 @@ def _run(
             parameters=sum(parameter.numel() for parameter in run.model.parameters()),
             machines=machines,
             history=run.history,
+            steps=run.steps,
         )
     write_atomically(os.path.join(output, RESULT), (json.dumps(asdict(outcome), indent=1) + "\n").encode())
     return outcome
