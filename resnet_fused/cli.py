@@ -16,6 +16,10 @@ COMMANDS = {
     "demo": ("resnet_fused.training.demo", "train a small net with plain and with fused units, side by side"),
     "train": ("resnet_fused.training.train", "train a net on digits, CIFAR-10 or CIFAR-100"),
     "eval": ("resnet_fused.training.evaluate", "evaluate a checkpoint"),
+    "reproduce": (
+        "resnet_fused.training.reproduce.command",
+        "train rows of the papers' tables and report on them",
+    ),
     "explain": ("resnet_fused.analysis.explain", "tell what fuse(model) does with a net, and why not more"),
     "verify": ("resnet_fused.analysis.verify", "compare a net, fused, with itself and with float64"),
     "bench": ("resnet_fused.analysis.bench", "measure training steps against their bare convolutions"),
@@ -23,7 +27,7 @@ COMMANDS = {
 
 
 def _usage() -> str:
-    lines = [f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name:9} {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: resnet-fused COMMAND [OPTION ...]",

@@ -72,7 +72,9 @@ def write_binary100(folder: Path) -> Path:
     return folder
 
 
-def write_parquet(folder: Path, label: str = "label", offset: int = 0, image: str = "img") -> Path:
+def write_parquet(
+    folder: Path, label: str = "label", offset: int = 0, image: str = "img", encoding: str = "PNG"
+) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     pil = pytest.importorskip("PIL.Image")
@@ -80,7 +82,7 @@ def write_parquet(folder: Path, label: str = "label", offset: int = 0, image: st
 
     def encode(pixels: np.ndarray) -> bytes:
         content = io.BytesIO()
-        pil.fromarray(pixels).save(content, "PNG")
+        pil.fromarray(pixels).save(content, encoding)
         return content.getvalue()
 
     shards = {

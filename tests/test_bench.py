@@ -17,6 +17,7 @@ from resnet_fused import functional as F
 from resnet_fused.analysis import bare_convolutions, bench_step, measure, step_accuracy, step_memory
 from resnet_fused.analysis.training_step import CONTENDERS, TrainingStep, synthetic_batch
 from resnet_fused.models import create_model
+from resnet_fused.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NET = "preact_resnet20_cifar"
@@ -189,7 +190,7 @@ class TestMemory:
         assert found["fused"] > 0
 
     def test_failure_is_told(self):
-        with pytest.raises(step_memory.UserError, match="could not be measured.*--no-memory"):
+        with pytest.raises(UserError, match="could not be measured.*--no-memory"):
             step_memory._worker("tensors", "no_such_net", "fp32", ["fused"], 2, 1)
 
 

@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cifar_files import write_binary10, write_pickles10
+from tiny_net import add_tiny_net
 
 import resnet_fused
 from resnet_fused import cli
-from resnet_fused.models import PreActResNetCifar, registry
 from resnet_fused.training import demo
 from resnet_fused.training.checkpoint import save_checkpoint
 
@@ -25,8 +24,7 @@ ROOT = str(Path(resnet_fused.__file__).resolve().parent.parent)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
-    entry = (10, partial(PreActResNetCifar, 8), PreActResNetCifar)
-    monkeypatch.setitem(registry._MODELS, "preact_resnet8_cifar", entry)
+    add_tiny_net(monkeypatch)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield
@@ -42,7 +40,7 @@ def train_arguments(data, *more):
     return [
         "train",
         "--model",
-        "preact_resnet8_cifar",
+        "tiny",
         "--data",
         data,
         "--allow-unverified",
@@ -82,7 +80,7 @@ def test_train_eval_resume(capsys, data, tmp_path):
         r"epoch 2/2  loss [\d.]+  accuracy [\d.]+%  test loss [\d.]+  test accuracy [\d.]+%  \d+ images/s",
         out,
     )
-    assert sorted(os.listdir("run")) == ["best.pt", "checkpoint.pt", "log.csv", "previous.pt"]
+    assert sorted(os.listdir("run")) == ["best.pt", "checkpoint.pt", "curves.png", "log.csv", "previous.pt"]
     assert len(Path("run/log.csv").read_text().splitlines()) == 3
     printed = float(re.findall(r"test loss ([\d.]+)", out)[-1])
 
@@ -104,7 +102,7 @@ def test_train_eval_resume(capsys, data, tmp_path):
             == 0
         )
         out = capsys.readouterr().out
-        assert f"preact_resnet8_cifar ({'plain' if more else 'fused'}), cifar10, 4 test images" in out
+        assert f"tiny ({'plain' if more else 'fused'}), cifar10, 4 test images" in out
         assert float(re.search(r"loss ([\d.]+)", out)[1]) == pytest.approx(printed, abs=2e-3)
 
     assert cli.main(["train", "--resume", "run", "--epochs", "3"]) == 0
@@ -127,7 +125,7 @@ def test_run_is_not_overwritten(capsys, monkeypatch, data):
     assert Path("run/checkpoint.pt").read_bytes() == b"precious" and os.listdir("run") == ["checkpoint.pt"]
     # an error found later must not have thrown away what is to be overwritten
     failing(capsys, *train_arguments("missing", "--output", "run", "--overwrite"))
-    monkeypatch.setattr("resnet_fused.training.run.train_epoch", interrupt)
+    monkeypatch.setattr("resnet_fused.training.trainer.train_epoch", interrupt)
     assert cli.main(train_arguments(data, "--output", "run", "--overwrite")) == 130
     assert "no checkpoint was written" in capsys.readouterr().err
     assert Path("run/checkpoint.pt").read_bytes() == b"precious"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import extension
+from ..training.machine import cpu_model
 from ..version import __version__
 
 __all__ = ["Timing", "environment", "interleave"]
@@ -77,16 +77,6 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int,
     return samples
 
 
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _simd_level() -> str:
     """The level that our kernels run at, and PyTorch's own."""
     ours = "none"
@@ -118,7 +108,7 @@ def environment() -> dict[str, str | int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "simd": _simd_level(),

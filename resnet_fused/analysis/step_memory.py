@@ -19,23 +19,19 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..training.errors import UserError
 from ..training.memory import peak_allocated_bytes, saved_activation_bytes
+from ..training.own_process import json_from_process
 from .training_step import TrainingStep, contender_by_key, synthetic_batch
 
 __all__ = ["StepMemory", "measure_memory"]
 
 _STEPS = 3
-_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -62,17 +58,11 @@ def measure_memory(model: str, dtype: str, contenders: Iterable[str], batch_size
 
 def _worker(measure: str, model: str, dtype: str, contenders: list[str], batch_size: int, threads: int,
             **environment: str) -> dict:
-    command = [sys.executable, "-m", __name__, measure, "--model", model, "--dtype", dtype,
-               "--batch-size", str(batch_size), "--threads", str(threads), "--contenders", *contenders]
-    # First of all the package that runs here, so that no other one is measured.
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment})
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise UserError(f"the memory of {model} ({', '.join(contenders)}, {dtype}) could not be measured: "
-                        f"{reason}; --no-memory leaves this out")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = [measure, "--model", model, "--dtype", dtype, "--batch-size", str(batch_size), "--threads",
+                 str(threads), "--contenders", *contenders]
+    failure = f"the memory of {model} ({', '.join(contenders)}, {dtype}) could not be measured"
+    return json_from_process(__name__, arguments, failure=failure, advice="--no-memory leaves this out",
+                             **environment)
 
 
 def _tensor_bytes(step: TrainingStep) -> tuple[int, int]:

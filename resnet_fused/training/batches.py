@@ -42,6 +42,7 @@ def augmented_batches(
     generator: torch.Generator,
     *,
     horizontal_flip: bool,
+    first_batch: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches: shuffled, framed by 4 pixels, cropped at random, half of them mirrored.
 
@@ -52,6 +53,7 @@ def augmented_batches(
         images: uint8, (N, H, W, C), on any device.
         labels: int64, (N,), on the device of ``images``.
         batch_size: images per batch; the last batch of an epoch can have fewer.
+        first_batch: leave out as many batches at the beginning; the others are the same.
 
     Yields:
         float32 images of shape (B, C, H, W), channels_last, and int64 labels of shape (B,).
@@ -64,7 +66,7 @@ def augmented_batches(
     mirrored = torch.randint(2, (count,), generator=generator).to(device, torch.bool) & horizontal_flip
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
 
-    for start in range(0, count, batch_size):
+    for start in range(first_batch * batch_size, count, batch_size):
         part = slice(start, start + batch_size)
         chosen = order[part]
         framed = torch.zeros(

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models import create_model
 from .batches import Normalization, augmented_batches, epoch_generator, plain_batches
+from .curves import pyplot
 from .datasets import load_dataset
 from .errors import UserError
 from .lazy import require
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_runtime_arguments(parser)
     arguments = parser.parse_args(argv)
     device = use_device(getattr(arguments, "device", None), getattr(arguments, "threads", None))
-    pyplot = _pyplot()
+    plt = pyplot("the plot of the demo")
     tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
 
     dataset = load_dataset("digits")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(_table(plain, fused, control, arguments, device))
     path = os.path.abspath(arguments.output)
-    _plot(pyplot, path, plain, fused, steps, arguments.model)
+    _plot(plt, path, plain, fused, steps, arguments.model)
     print(f"curves: {path}")
     return 0
 
@@ -202,14 +203,8 @@ def _ratio(pair: Sequence[float]) -> tuple[str, str, str]:
     return f"{plain:.1f}", f"{fused:.1f}", f"{fused / plain:.2f}"
 
 
-def _pyplot():
-    matplotlib = require("matplotlib", "matplotlib", "the plot of the demo")
-    matplotlib.use("Agg")
-    return require("matplotlib.pyplot", "matplotlib", "the plot of the demo")
-
-
-def _plot(pyplot, path: str, plain: _Contender, fused: _Contender, steps: int, title: str) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+def _plot(plt, path: str, plain: _Contender, fused: _Contender, steps: int, title: str) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for one, style in (
         (plain, {"color": "tab:gray", "linewidth": 3, "alpha": 0.6}),
         (fused, {"color": "tab:red"}),
@@ -234,4 +229,4 @@ def _plot(pyplot, path: str, plain: _Contender, fused: _Contender, steps: int, t
             f"cannot write the plot {path}: {error.strerror or error}; choose another --output"
         ) from error
     finally:
-        pyplot.close(figure)
+        plt.close(figure)

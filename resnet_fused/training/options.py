@@ -1,54 +1,100 @@
-"""Settings of a training run, and their command line options."""
+"""Settings of a training run, and what the options of all commands share."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
 
-from ..models import list_models
 from .errors import UserError
-from .schedules import SCHEDULES
+from .nets import told_options
+from .recipes import recipe_settings
 
 __all__ = [
+    "FREE_ON_RESUME",
     "OneLineParser",
     "TrainOptions",
     "add_runtime_arguments",
     "at_least",
     "default_output",
-    "parse_train",
     "use_device",
 ]
 
 #: What a resumed run may be given anew; everything else is taken from the checkpoint.
-_FREE_ON_RESUME = ("data", "epochs", "device", "threads", "fused", "allow_unverified")
+FREE_ON_RESUME = (
+    "data",
+    "epochs",
+    "iterations",
+    "device",
+    "threads",
+    "workers",
+    "fused",
+    "allow_unverified",
+    "checkpoint_every",
+    "tensorboard",
+)
+#: Two ways to tell one thing, in epochs and in steps: the one that is given last takes the place of the
+#: other.
+_EITHER = (("epochs", "iterations"), ("warmup", "warmup_iterations"), ("milestones", "milestone_iterations"))
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Settings of a run; the defaults of the training are the paper's (He et al. 2016, section 4)."""
+    """Settings of a run. Those of training are He et al. 2016's in epochs; ``recipe`` gives exact ones.
+
+    ``iterations``, ``warmup_iterations`` and ``milestone_iterations`` count steps of the optimizer; where
+    they are not None they count, and ``epochs``, ``warmup`` and ``milestones`` do not.
+    """
 
     model: str = "preact_resnet20_cifar"
+    model_options: dict[str, Any] = field(default_factory=dict)
     data: str = "digits"
+    recipe: str | None = None
     epochs: int = 164  # 64k steps of 128 images
+    iterations: int | None = None
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.1
     weight_decay: float = 1e-4
     momentum: float = 0.9
     nesterov: bool = True
     schedule: str = "step"
+    milestones: list[float] | None = None  # None: at 50 % and 75 % of the steps
+    milestone_iterations: list[int] | None = None
+    gamma: float = 0.1
     warmup: float = 0.0
+    warmup_iterations: int | None = None
+    warmup_lr: float | None = None
+    label_smoothing: float = 0.0
+    ema: float | None = None
     amp: bool = False
     channels_last: bool = False
     seed: int = 0
     fused: bool = True
+    image_size: int = 224
+    workers: int = 4
+    checkpoint_every: int = 0
+    log_every: int = 0
+    tensorboard: bool = False
     threads: int | None = None
     device: str | None = None
     allow_unverified: bool = False
+
+    @classmethod
+    def created(cls, given: dict[str, Any]) -> TrainOptions:
+        """The settings of a new run: those given, before those of the recipe, before the defaults.
+
+        Raises:
+            UserError: an unknown recipe, two settings that exclude each other, or a batch with fewer images
+                than parts.
+        """
+        _refuse_both(given)
+        settings = recipe_settings(given["recipe"]) if given.get("recipe") else {}
+        return cls(**_merged(settings, given))._checked()
 
     @classmethod
     def resumed(cls, saved: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
@@ -60,16 +106,43 @@ class TrainOptions:
         known = {field.name for field in fields(cls)}
         if not isinstance(saved, dict) or set(saved) - known:
             raise UserError("the checkpoint's settings are not those of this version of resnet-fused")
+        saved = {**cls().as_dict(), **saved}  # what a version before did not know has its default
+        _refuse_both(given)
         for name, value in given.items():
-            if name not in _FREE_ON_RESUME and saved.get(name, value) != value:
+            if name not in FREE_ON_RESUME and saved[name] != value:
                 raise UserError(
                     f"--{name.replace('_', '-')} {value} differs from the {saved[name]} of the run to "
                     f"resume: leave it out, or start a new run with another --output"
                 )
-        return cls(**{**saved, **given})
+        return cls(**_merged(saved, given))._checked()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _checked(self) -> TrainOptions:
+        if self.accumulate > self.batch_size:
+            raise UserError(
+                f"--accumulate {self.accumulate} splits a batch into more parts than it has images "
+                f"(--batch-size {self.batch_size})"
+            )
+        return self
+
+
+def _merged(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with those of ``given`` in their place, and without what these replace."""
+    merged = dict(settings)
+    for pair in _EITHER:
+        if any(given.get(name) is not None for name in pair):
+            for name in pair:
+                merged.pop(name, None)
+    return {**merged, **given}
+
+
+def _refuse_both(given: dict[str, Any]) -> None:
+    for pair in _EITHER:
+        if all(given.get(name) is not None for name in pair):
+            names = " and ".join("--" + name.replace("_", "-") for name in pair)
+            raise UserError(f"{names} exclude each other: give one")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -77,104 +150,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def parse_train(argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
-    """The fields of :class:`TrainOptions` that ``argv`` gives, and the options about files."""
-    default = TrainOptions()
-    parser = OneLineParser(
-        prog="resnet-fused train",
-        description="Train a pre-activation ResNet.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-
-    def add(group: Any, *flags: str, help: str, **kwargs: Any) -> None:
-        name = kwargs.get("dest") or flags[-1].removeprefix("--").replace("-", "_")
-        value = getattr(default, name)
-        group.add_argument(*flags, help=help if value is None else f"{help} (default: {value})", **kwargs)
-
-    net = parser.add_argument_group("net and data")
-    add(net, "--model", metavar="NAME", help=f"one of {', '.join(list_models())}")
-    add(
-        net,
-        "--data",
-        metavar="WHERE",
-        help="digits, or a directory or .tar.gz file with CIFAR-10 or CIFAR-100 (Python "
-        "pickles, binary version or parquet)",
-    )
-    add(
-        net,
-        "--fused",
-        action=argparse.BooleanOptionalAction,
-        help="fused units; --no-fused trains the plain ones",
-    )
-    add(
-        net,
-        "--allow-unverified",
-        action="store_true",
-        help="read CIFAR files that differ from the published ones",
-    )
-
-    training = parser.add_argument_group("training")
-    add(training, "--epochs", type=at_least(int, 1), help="passes over the training images")
-    add(training, "-b", "--batch-size", type=at_least(int, 1), help="images per step")
-    add(training, "--lr", type=at_least(float, 0), help="highest learning rate")
-    add(training, "--weight-decay", type=at_least(float, 0), help="L2 penalty on all parameters")
-    add(training, "--momentum", type=at_least(float, 0), help="momentum of SGD")
-    add(training, "--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
-    add(
-        training,
-        "--schedule",
-        choices=SCHEDULES,
-        help="learning rate: step (divided by 10 at 50%% and 75%% of the steps), cosine or constant",
-    )
-    add(
-        training,
-        "--warmup",
-        type=at_least(float, 0),
-        metavar="EPOCHS",
-        help="epochs of linear warm-up; can be a fraction",
-    )
-    add(training, "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast")
-    add(
-        training,
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="parameters and images in channels_last",
-    )
-    add(
-        training,
-        "--seed",
-        type=int,
-        help="seed of the initial weights, the order of the images and the augmentation",
-    )
-
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--output",
-        metavar="DIR",
-        default=None,
-        help="directory of the run: checkpoint.pt, previous.pt, best.pt "
-        "and log.csv (default: runs/ and a name made of the settings)",
-    )
-    files.add_argument(
-        "--resume",
-        metavar="PATH",
-        nargs="?",
-        const="",
-        default=None,
-        help="continue a run: its directory or one of its checkpoints (default: --output). All settings are "
-        f"taken from it; {', '.join('--' + n.replace('_', '-') for n in _FREE_ON_RESUME)} can be given anew",
-    )
-    files.add_argument(
-        "--overwrite", action="store_true", default=False, help="replace a run that is in --output"
-    )
-    add_runtime_arguments(parser)
-
-    values = vars(parser.parse_args(argv))
-    paths = argparse.Namespace(**{name: values.pop(name) for name in ("output", "resume", "overwrite")})
-    return values, paths
 
 
 def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,12 +189,19 @@ def use_device(device: str | None, threads: int | None) -> torch.device:
 def default_output(options: TrainOptions) -> str:
     """Directory of a run for which none is given."""
     data = os.path.basename(os.path.abspath(options.data)).split(".")[0]
-    return os.path.join(
-        "runs", f"{options.model}-{data}-{'fused' if options.fused else 'plain'}-seed{options.seed}"
-    )
+    parts = [
+        options.model,
+        *told_options(options.model_options),
+        data,
+    ]
+    parts += [options.recipe] if options.recipe else []
+    parts += ["fused" if options.fused else "plain", f"seed{options.seed}"]
+    return os.path.join("runs", "-".join(parts).replace(os.sep, "_").replace("=", "_"))
 
 
 def at_least(kind: Callable[[str], Any], lowest: float) -> Callable[[str], Any]:
+    """A converter for argparse: finite numbers that are not below ``lowest``."""
+
     def convert(text: str) -> Any:
         value = kind(text)
         if not lowest <= value < float("inf"):

@@ -15,10 +15,15 @@ _LOSS_EVERY = 20  # steps; reading the loss waits for the device
 
 
 @contextmanager
-def epoch_bar(title: str, images: int) -> Iterator[Callable[[int, Tensor], None]]:
-    """A bar over the images of an epoch, with images/s and loss; yields what to call after each step."""
+def epoch_bar(title: str, images: int, done: int = 0) -> Iterator[Callable[[int, Tensor], None]]:
+    """A bar over the images of an epoch, with images/s and loss; yields what to call after each step.
+
+    ``done`` images were done before, by the process whose checkpoint is continued.
+    """
     tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
-    with tqdm(total=images, desc=title, unit="images", leave=False, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=images, initial=done, desc=title, unit="images", leave=False, disable=None, dynamic_ncols=True
+    ) as bar:
         steps = 0
 
         def after_step(images_done: int, loss: Tensor) -> None:

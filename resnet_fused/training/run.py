@@ -2,174 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..models import create_model
-from ..version import __version__
-from .batches import Normalization, augmented_batches, epoch_generator, plain_batches
-from .checkpoint import load_checkpoint, save_checkpoint, second_name, write_atomically
-from .datasets import ImageDataset, load_dataset
+from .checkpoint import load_checkpoint, save_checkpoint, second_name
+from .curves import CURVES
+from .datasets import ImageDataset
 from .errors import UserError
 from .interrupt import interrupt_later
-from .loop import Result, evaluate, train_epoch
+from .loader_speed import loader_images_per_second
+from .log import COLUMNS, LOG, STEPS, TensorBoard, write_logs
+from .loop import Result, Sums
+from .nets import build_model, load_weights, try_model
 from .options import TrainOptions, default_output, use_device
 from .progress import epoch_bar
-from .schedules import make_schedule
+from .sources import InMemorySource, open_source
+from .trainer import Run
 
-__all__ = ["BEST", "CHECKPOINT", "LOG", "PREVIOUS", "build_model", "checkpoint_in", "train"]
+__all__ = ["BEST", "CHECKPOINT", "LOG", "PREVIOUS", "build_model", "checkpoint_in", "load_weights", "train"]
 
-CHECKPOINT, PREVIOUS, BEST, LOG = "checkpoint.pt", "previous.pt", "best.pt", "log.csv"
-_COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
-    "images_per_second",
-)
-
-
-class Run:
-    """Everything that a step changes, and what is needed to continue: what a checkpoint holds."""
-
-    def __init__(self, options: TrainOptions, dataset: ImageDataset, device: torch.device) -> None:
-        self.options, self.device = options, device
-        mean, std = dataset.statistics()
-        self.normalization = Normalization(mean, std)
-        self.description = {
-            "model": {"name": options.model, "num_classes": dataset.classes, "in_channels": dataset.channels},
-            "normalization": {"mean": mean, "std": std},
-            "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
-        }
-        self.train_images, self.train_labels = (
-            dataset.train_images.to(device),
-            dataset.train_labels.to(device),
-        )
-        self.test_images, self.test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-        self.horizontal_flip = dataset.horizontal_flip
-
-        torch.manual_seed(options.seed)
-        self.model = build_model(self.description["model"], options.fused, options.channels_last, device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov and options.momentum > 0,
-        )
-        self.steps_per_epoch = math.ceil(len(self.train_images) / options.batch_size)
-        self.schedule = make_schedule(
-            options.schedule,
-            options.lr,
-            options.epochs * self.steps_per_epoch,
-            warmup_steps=round(options.warmup * self.steps_per_epoch),
-        )
-        self.epoch = 0  # epochs that are done
-        self.saved_epoch = 0  # the epoch of the checkpoint
-        self.best_accuracy = 0.0
-        self.history: list[dict[str, float]] = []
-
-    def state(self) -> dict[str, Any]:
-        """Content of a checkpoint."""
-        return {
-            "version": __version__,
-            **self.description,
-            "options": self.options.as_dict(),
-            "epoch": self.epoch,
-            "best_accuracy": self.best_accuracy,
-            "history": self.history,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-
-    def restore(self, state: dict[str, Any], path: str) -> None:
-        """Continue from the content of a checkpoint."""
-        if state["dataset"] != self.description["dataset"]:
-            raise UserError(
-                f"the run of {path} was trained on other data ({state['dataset'].get('name')}; not the "
-                f"images "
-                f"of {self.options.data}): give the same with --data"
-            )
-        load_weights(self.model, state, path)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.epoch = self.saved_epoch = int(state["epoch"])
-            self.best_accuracy = float(state["best_accuracy"])
-            self.history = [{name: row[name] for name in _COLUMNS} for row in state["history"]]
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be continued ({type(error).__name__}: {str(error)})") from error
-
-    def layout(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, in the memory format that the options ask for (they come in channels_last)."""
-        for images, labels in batches:
-            yield images if self.options.channels_last else images.contiguous(), labels
-
-    def train_epoch(self, after_step: Callable[[int, Tensor], None] | None = None) -> Result:
-        batches = augmented_batches(
-            self.train_images,
-            self.train_labels,
-            self.options.batch_size,
-            self.normalization,
-            epoch_generator(self.options.seed, self.epoch),
-            horizontal_flip=self.horizontal_flip,
-        )
-        return train_epoch(
-            self.model,
-            self.optimizer,
-            self.layout(batches),
-            self.schedule,
-            self.epoch * self.steps_per_epoch,
-            amp=self.options.amp,
-            after_step=after_step,
-        )
-
-    def test(self) -> Result:
-        batches = plain_batches(
-            self.test_images, self.test_labels, self.options.batch_size, self.normalization
-        )
-        return evaluate(self.model, self.layout(batches), amp=self.options.amp)
-
-
-def build_model(
-    description: dict[str, Any], fused: bool, channels_last: bool, device: torch.device
-) -> nn.Module:
-    """The net that a run or a checkpoint describes."""
-    try:
-        model = create_model(
-            description["name"],
-            num_classes=description["num_classes"],
-            in_channels=description["in_channels"],
-            fused=fused,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-
-
-def load_weights(model: nn.Module, state: dict[str, Any], path: str) -> None:
-    """Load the weights of a checkpoint."""
-    try:
-        model.load_state_dict(state["state_dict"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not hold the weights of {state['model'].get('name')}: {str(error).splitlines()[0]}"
-        ) from error
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 
 
 def checkpoint_in(path: str) -> str:
@@ -178,7 +33,12 @@ def checkpoint_in(path: str) -> str:
 
 
 def train(
-    given: dict[str, Any], *, output: str | None = None, resume: str | None = None, overwrite: bool = False
+    given: dict[str, Any],
+    *,
+    output: str | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    dataset: ImageDataset | None = None,
 ) -> Run:
     """Train as the command line says, to the end.
 
@@ -187,6 +47,7 @@ def train(
         output: directory of the run; None: that of ``resume``, or one named after the settings.
         resume: None, a checkpoint, the directory of a run, or "" for ``output``.
         overwrite: start again where there is a run already.
+        dataset: what ``data`` names, if it has been read already.
 
     Returns:
         The finished run.
@@ -198,7 +59,7 @@ def train(
     """
     state = None
     if resume is not None:
-        path = checkpoint_in(resume or output or default_output(TrainOptions(**given)))
+        path = checkpoint_in(resume or output or default_output(TrainOptions.created(given)))
         state = _load_run(path)
         options = TrainOptions.resumed(state["options"], given)
         home = os.path.dirname(path) or "."
@@ -206,21 +67,27 @@ def train(
         if os.path.realpath(output) != os.path.realpath(home):
             _refuse_existing(output, overwrite)
     else:
-        options = TrainOptions(**given)
+        options = TrainOptions.created(given)
         output = output or default_output(options)
         _refuse_existing(output, overwrite)
 
     device = use_device(options.device, options.threads)
-    build_model(
-        {"name": options.model, "num_classes": 1, "in_channels": 1},
-        options.fused,
-        False,
-        torch.device("meta"),
-    )  # an unknown name is told before the data is read
-    run = Run(options, load_dataset(options.data, allow_unverified=options.allow_unverified), device)
+    try_model(options.model, options.model_options, options.fused)  # told before the data is read
+    if dataset is not None:
+        source = InMemorySource(dataset, device)
+    else:
+        source = open_source(
+            options.data,
+            device,
+            allow_unverified=options.allow_unverified,
+            image_size=options.image_size,
+            workers=options.workers,
+        )
+    run = Run(options, source, device)
+    run.directory = output
     if state is not None:
         run.restore(state, path)
-        print(f"resuming {path} after epoch {run.epoch} of {options.epochs}", flush=True)
+        print(f"resuming {path} after {_progress(run, run.step)}", flush=True)
     try:
         os.makedirs(output, exist_ok=True)
         if not os.access(output, os.W_OK):
@@ -229,19 +96,28 @@ def train(
         raise UserError(
             f"cannot write to {output}: {error.strerror or error}; choose another --output"
         ) from error
+    board = TensorBoard(os.path.join(output, "tensorboard"), run.step) if options.tensorboard else None
 
     try:
-        while run.epoch < options.epochs:
+        if run.step < run.total_steps:
+            run.loader_speed = _report_data(run)
+        while run.step < run.total_steps:
             _one_epoch(run, output)
+            if board is not None:
+                since = run.history[-2].get("iteration", 0) if len(run.history) > 1 else 0
+                board.add(run.history[-1], [step for step in run.steps if step[0] > since])
     except KeyboardInterrupt:
-        if run.saved_epoch == 0:
+        if run.saved_step == 0:
             raise KeyboardInterrupt(
                 "stopped before the first epoch was done; no checkpoint was written"
             ) from None
         raise KeyboardInterrupt(
-            f"stopped after {run.saved_epoch} of {options.epochs} epochs; continue with: resnet-fused train "
+            f"stopped after {_progress(run, run.saved_step, 's')}; continue with: resnet-fused train "
             f"--resume {output}"
         ) from None
+    finally:
+        if board is not None:
+            board.close()
     print(
         f"best test accuracy {100 * run.best_accuracy:.2f}%; {os.path.join(output, CHECKPOINT)}, "
         f"{BEST} and {LOG} written",
@@ -250,50 +126,108 @@ def train(
     return run
 
 
-def _one_epoch(run: Run, output: str) -> None:
-    options, number = run.options, run.epoch + 1
-    with epoch_bar(f"epoch {number}/{options.epochs}", len(run.train_images)) as after_step:
-        lr = run.schedule(run.epoch * run.steps_per_epoch)
-        trained = run.train_epoch(after_step)
-    path = os.path.join(output, CHECKPOINT)
-    if not math.isfinite(trained.loss):
-        kept = f"{path} is as it was after epoch {run.epoch}" if run.epoch else "no checkpoint was written"
-        raise UserError(
-            f"the loss of epoch {number} is {trained.loss}: training diverged ({kept}). Try a lower --lr or "
-            f"some --warmup"
-        )
-    tested = run.test()
-    row = (number, lr, trained.loss, trained.accuracy, tested.loss, tested.accuracy)
-    row += (trained.seconds, trained.images_per_second)
+def _progress(run: Run, step: int, plural: str = "") -> str:
+    """For messages: epochs, where the run is told in them and a whole number is done, else iterations."""
+    if run.options.iterations is None and step % run.steps_per_epoch == 0:
+        done, total, unit = step // run.steps_per_epoch, run.options.epochs, "epoch"
+    else:
+        done, total, unit = step, run.total_steps, "iteration"
+    return f"{done} of {total} {unit}s" if plural else f"{unit} {done} of {total}"
+
+
+def _report_data(run: Run) -> float:
+    """Measure and print how fast batches come without a net: below the speed of training, they hold it up."""
+    source, options = run.source, run.options
+    speed = loader_images_per_second(
+        source.train_batches(options.batch_size, options.seed, run.epoch),
+        run.device,
+        in_flight=source.in_flight,
+    )
     print(
-        f"epoch {number}/{options.epochs}  loss {trained.loss:.4f}  accuracy {100 * trained.accuracy:.2f}%  "
-        f"test loss {tested.loss:.4f}  test accuracy {100 * tested.accuracy:.2f}%  "
-        f"{trained.images_per_second:.0f} images/s  lr {lr:.4g}",
+        f"data: {source.name}, {source.train_count} train and {source.test_count} test images; batches of "
+        f"{options.batch_size} alone: {speed:.0f} images/s",
+        flush=True,
+    )
+    return speed
+
+
+def _one_epoch(run: Run, output: str) -> None:
+    """Train to the end of the epoch or of the run, test, write the log and the checkpoints."""
+    options, number = run.options, run.epoch + 1
+    lr, end = run.schedule(run.first_of_row), run.end_of_epoch
+    run.begin_row()
+    with epoch_bar(f"epoch {number}/{run.epochs}", run.source.train_count, run.sums.images) as after_step:
+        while run.step < end:
+            pause = run.step + options.checkpoint_every - run.step % (options.checkpoint_every or 1)
+            run.train_until(min(end, pause) if options.checkpoint_every else end, after_step)
+            if run.step < end:
+                start = time.perf_counter()
+                run.sums.wait()
+                _refuse_diverged(run, float(run.sums.loss) / run.sums.images, number, output)
+                run.read_losses()
+                _save(run, output, best=False)
+                run.sums.pause(time.perf_counter() - start)
+    trained = run.sums.result()
+    _refuse_diverged(run, trained.loss, number, output)
+    tested, averaged = run.test()
+    row = _row(run, number, lr, trained, tested, averaged)
+    _print_row(run, row)
+
+    run.history.append(row)
+    accuracy = (averaged or tested).accuracy
+    best = accuracy > run.best_accuracy or len(run.history) == 1
+    run.best_accuracy = max(run.best_accuracy, accuracy)
+    run.sums = Sums()
+    run.read_losses()
+    _save(run, output, best=best)
+
+
+def _row(
+    run: Run, number: int, lr: float, trained: Result, tested: Result, averaged: Result | None
+) -> dict[str, Any]:
+    values = (number, lr, trained.loss, trained.accuracy, tested.loss, tested.accuracy)
+    values += (trained.seconds, trained.images_per_second, run.step, trained.data_seconds, run.loader_speed)
+    values += (averaged.loss, averaged.accuracy) if averaged else (None, None)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _print_row(run: Run, row: dict[str, Any]) -> None:
+    number = f"epoch {row['epoch']}/{run.epochs}"
+    if run.options.iterations is not None:
+        number += f" (iteration {row['iteration']}/{run.total_steps})"
+    averaged = row["ema_test_accuracy"]
+    print(
+        f"{number}  loss {row['train_loss']:.4f}  accuracy {100 * row['train_accuracy']:.2f}%  "
+        f"test loss {row['test_loss']:.4f}  test accuracy {100 * row['test_accuracy']:.2f}%  "
+        + (f"of the average {100 * averaged:.2f}%  " if averaged is not None else "")
+        + f"{row['images_per_second']:.0f} images/s  lr {row['lr']:.4g}",
         flush=True,
     )
 
-    run.history.append(dict(zip(_COLUMNS, row)))
-    best = tested.accuracy > run.best_accuracy or run.epoch == 0
-    run.best_accuracy = max(run.best_accuracy, tested.accuracy)
-    run.epoch = number
-    previous = os.path.join(output, PREVIOUS)
+
+def _refuse_diverged(run: Run, loss: float, number: int, output: str) -> None:
+    if math.isfinite(loss):
+        return
+    path = os.path.join(output, CHECKPOINT)
+    done = _progress(run, run.saved_step).partition(" of ")[0]
+    kept = f"{path} is as it was after {done}" if run.saved_step else "no checkpoint was written"
+    raise UserError(
+        f"the loss of epoch {number} is {loss}: training diverged ({kept}). Try a lower --lr or some --warmup"
+    )
+
+
+def _save(run: Run, output: str, *, best: bool) -> None:
+    path, previous = os.path.join(output, CHECKPOINT), os.path.join(output, PREVIOUS)
     with interrupt_later():  # what is said of the checkpoint then is true of the files
-        save_checkpoint(path, run.state(), keep_previous_as=previous if number > 1 else None)
-        run.saved_epoch = number
-        if number == 1 and os.path.exists(previous):  # of a run that --overwrite replaces
-            os.unlink(previous)
+        save_checkpoint(path, run.state(), keep_previous_as=previous if run.saved_step else None)
+        if run.saved_step == 0:  # of a run that --overwrite replaces
+            for name in (PREVIOUS, STEPS, CURVES):
+                if os.path.exists(os.path.join(output, name)):
+                    os.unlink(os.path.join(output, name))
+        run.saved_step = run.step
         if best:
             second_name(path, os.path.join(output, BEST))
-        write_atomically(os.path.join(output, LOG), _csv(run.history))
-
-
-def _csv(history: list[dict[str, float]]) -> bytes:
-    """The log: made anew from what the checkpoint holds, so that the two never disagree."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
+        write_logs(output, run.history, run.steps)
 
 
 def _load_run(path: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ def make_schedule(
     total_steps: int,
     *,
     warmup_steps: int = 0,
+    warmup_lr: float | None = None,
     milestones: Sequence[float] = (0.5, 0.75),
+    milestone_steps: Sequence[int] | None = None,
     gamma: float = 0.1,
 ) -> Callable[[int], float]:
     """The learning rate of step 0, 1, ..., ``total_steps`` - 1.
@@ -29,18 +31,23 @@ def make_schedule(
         lr: the highest learning rate.
         warmup_steps: the first steps rise in a straight line from ``lr / warmup_steps`` to ``lr`` (Goyal et
             al. 2017).
+        warmup_lr: the first steps have this learning rate instead (He et al. 2016, appendix: 0.01).
         milestones: fractions of ``total_steps``.
+        milestone_steps: steps, instead of ``milestones``: the first ones with the lower learning rate.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
-    borders = [math.ceil(fraction * total_steps) for fraction in sorted(milestones)]
+    if milestone_steps is None:
+        borders = [math.ceil(fraction * total_steps) for fraction in sorted(milestones)]
+    else:
+        borders = sorted(milestone_steps)
 
     def schedule(step: int) -> float:
         if step < warmup_steps:
-            return lr * (step + 1) / warmup_steps
+            return lr * (step + 1) / warmup_steps if warmup_lr is None else warmup_lr
         if name == "step":
             return lr * gamma ** bisect.bisect_right(borders, step)
         if name == "cosine":

@@ -8,11 +8,8 @@ otherwise.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models import create_model
-from .errors import UserError
 from .memory import peak_allocated_bytes, saved_activation_bytes
+from .own_process import json_from_process
 
 __all__ = ["StepMemory", "step_memory"]
 
@@ -45,28 +42,20 @@ def step_memory(model: str, *, fused: bool, input_size: Sequence[int], device: s
     Raises:
         UserError: the process came to no good end.
     """
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    request = json.dumps(
-        {
-            "model": model,
-            "fused": fused,
-            "input_size": list(input_size),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-        }
+    request = {
+        "model": model,
+        "fused": fused,
+        "input_size": list(input_size),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    measured = json_from_process(
+        __name__,
+        [json.dumps(request)],
+        failure=f"the memory of a step of {model} could not be measured",
+        RESNET_FUSED_CPU_POOL_MB="0",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, request],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RESNET_FUSED_CPU_POOL_MB": "0"},
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise UserError(f"the memory of a step of {model} could not be measured: {reason}")
-    return StepMemory(*json.loads(done.stdout.splitlines()[-1]))
+    return StepMemory(*measured)
 
 
 def _measure(model: str, fused: bool, input_size: list[int], device: str, threads: int) -> StepMemory:

@@ -28,6 +28,7 @@ class _Form:
     title: str
     files: tuple[str, ...]
     load: Callable[[Folder, bool], tuple[str, Split, Split]]
+    is_lossy: Callable[[Folder], bool] = lambda folder: False
 
 
 _FORMS = (
@@ -35,11 +36,11 @@ _FORMS = (
     _Form("CIFAR-100 (Python pickles)", cifar_pickle.CIFAR100_FILES, cifar_pickle.load_cifar100),
     _Form("CIFAR-10 (binary version)", cifar_binary.CIFAR10_FILES, cifar_binary.load_cifar10),
     _Form("CIFAR-100 (binary version)", cifar_binary.CIFAR100_FILES, cifar_binary.load_cifar100),
-    _Form("CIFAR (Hugging Face parquet)", cifar_parquet.FILES, cifar_parquet.load),
+    _Form("CIFAR (Hugging Face parquet)", cifar_parquet.FILES, cifar_parquet.load, cifar_parquet.is_lossy),
 )
 _EXPECTED = (
     "expected cifar-10-batches-py, cifar-100-python, cifar-10-batches-bin, cifar-100-binary, their .tar.gz, "
-    "or train*.parquet and test*.parquet"
+    "train*.parquet and test*.parquet, or train/ and val/ with a directory of images per class"
 )
 
 
@@ -68,7 +69,9 @@ def load_cifar(path: str, *, allow_unverified: bool = False) -> ImageDataset:
                 f"{folder.path}: the {split} split has labels from {labels.min()} to {labels.max()}, "
                 f"expected 0 to {classes - 1}"
             )
-    return ImageDataset.from_numpy(name, train, test, classes, horizontal_flip=True)
+    return ImageDataset.from_numpy(
+        name, train, test, classes, horizontal_flip=True, lossy=form.is_lossy(folder)
+    )
 
 
 def _find(path: str) -> tuple[Folder, _Form]:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..lazy import require
 from .folder import Folder
 
-__all__ = ["FILES", "load"]
+__all__ = ["FILES", "is_lossy", "load"]
 
 FILES = ("train*.parquet", "test*.parquet")
 _LABELS = {"label": "cifar10", "fine_label": "cifar100"}
@@ -27,6 +27,15 @@ def load(folder: Folder, allow_unverified: bool) -> tuple[str, _Split, _Split]:
     if names[0] != names[1]:
         raise UserError(f"{folder.path}: the train files hold {names[0]}, the test files {names[1]}")
     return names[0], splits[0], splits[1]
+
+
+def is_lossy(folder: Folder) -> bool:
+    """Whether the first training image is a JPEG, which the published pixels were not; PNG keeps them."""
+    parquet = require("pyarrow.parquet", "pyarrow", "reading parquet files")
+    file = parquet.ParquetFile(io.BytesIO(folder.read(folder.match(FILES[0])[0])))
+    name = next(name for name in ("img", "image") if name in file.schema_arrow.names)
+    first = next(file.iter_batches(batch_size=1, columns=[name]))
+    return first.column(0)[0]["bytes"].as_py().startswith(b"\xff\xd8")
 
 
 def _split(folder: Folder, files: list[str]) -> tuple[str, _Split]:

@@ -22,6 +22,7 @@ class ImageDataset:
         train_labels, test_labels: int64, (N,).
         classes: number of classes.
         horizontal_flip: whether a mirrored image keeps its label.
+        lossy: whether these are JPEG-encoded copies of images that were published without loss.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ImageDataset:
     test_labels: Tensor
     classes: int
     horizontal_flip: bool
+    lossy: bool = False
 
     @classmethod
     def from_numpy(
@@ -40,6 +42,7 @@ class ImageDataset:
         test: tuple[np.ndarray, np.ndarray],
         classes: int,
         horizontal_flip: bool,
+        lossy: bool = False,
     ) -> ImageDataset:
         """From (uint8 images of shape (N, H, W, C), integer labels) of both splits."""
 
@@ -50,7 +53,7 @@ class ImageDataset:
                 torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)),
             )
 
-        return cls(name, *tensors(train), *tensors(test), classes, horizontal_flip)
+        return cls(name, *tensors(train), *tensors(test), classes, horizontal_flip, lossy)
 
     @property
     def channels(self) -> int:
