@@ -19,7 +19,7 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
   typedef typename M::Unit Unit;
   typedef Acc<T> A;
   const ConvGeometry& g = dgrad.g;
-  const WgradPlan plan = plan_wgrad<A>(g, 0);
+  const WgradPlan plan = plan_wgrad<T>(g, 0);
   const PackLayout pack = make_pack<M>(g.k, g.c, 1);
   Unit* const packed = static_cast<Unit*>(thread_scratch(kScratchPack, size_t(pack_units<M>(pack)) * sizeof(Unit)));
   const int32_t tap = 0;

@@ -98,8 +98,9 @@ template <typename M, typename T> struct Wgrad {
 
   int64_t max_pairs(const BandLayout& b) const { return b.plane / 2 + 1; }
 
-  // One band of rows or run of pixels, added to `partial` [slot group][k][vectors] and, if wanted, to dbias.
-  void add_unit(int64_t unit, A* partial, A* dbias) const {
+  // One band of rows or run of pixels, added to `partial` [slot group][k][vectors], which is fresh if nothing has
+  // been added yet, and, if wanted, to dbias.
+  void add_unit(int64_t unit, A* partial, bool fresh, A* dbias) const {
     const WgradUnit<T> u = wgrad_unit<T>(params, plan, unit);
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
     const int64_t images = u.images, out_rows = u.out_rows, out_cols = u.out_cols;
@@ -177,6 +178,7 @@ template <typename M, typename T> struct Wgrad {
                 divide_up(g.k, int64_t(tile_outputs(int(vectors_at(0))))));
     for (int64_t row = 0; row < out_rows; row += step)
       for (int64_t col = 0; col < all_cols; col += col_step) {
+        tile.fresh = fresh && row == 0 && col == 0;
         tile.rows = min64(step, out_rows - row);
         tile.cols = min64(col_step, all_cols - col);
         for (int64_t slot = 0; slot < plan.slots;) {
@@ -226,11 +228,12 @@ template <typename M, typename T> struct Wgrad {
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
     parallel_for(params.parallel, plan.parts, [&](int64_t part) {
       A* const partial = partials + part * stride;
-      memset(partial, 0, size_t(stride) * sizeof(A));
-      const int64_t end = (part + 1) * plan.units / plan.parts;  // neighbours differ by at most one, evenly spread
-      for (int64_t unit = part * plan.units / plan.parts; unit < end; ++unit) {
+      memset(partial + partial_size, 0, size_t(g.k) * sizeof(A));
+      // Neighbours differ by at most one, evenly spread.
+      const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
+      for (int64_t unit = first; unit < end; ++unit) {
         beside(part, unit);
-        add_unit(unit, partial, params.dbias ? partial + partial_size : nullptr);
+        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr);
       }
     });
 

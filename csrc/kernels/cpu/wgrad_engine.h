@@ -22,6 +22,7 @@ template <typename M> struct GradTile {
   const typename M::Unit* dy;
   int64_t dy_image, dy_row, dy_pixel;
   int64_t images, rows, cols;
+  bool fresh;  // partial holds nothing yet
 };
 
 // partial[k][v] += sum over the pixels of dy[k] * a[v]. The tile starts from zero: two-level summation.
@@ -57,7 +58,7 @@ __attribute__((noinline)) void wgrad_tile(const GradTile<M>& t, typename M::A* p
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       A* const at = partial + (k * NV + v) * L;
-      store(at, load(at) + acc[k][v]);
+      store(at, t.fresh ? acc[k][v] : load(at) + acc[k][v]);
     }
 }
 
@@ -108,7 +109,9 @@ struct WgradPlan {
 };
 
 // winograd: the side of a tile of Winograd's, 0 for the direct algorithm.
-template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t winograd) {
+template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t winograd) {
+  typedef Acc<T> A;
+  constexpr int64_t value_bytes = sizeof(T);
   WgradPlan plan = {};
   constexpr int64_t L = kLanes<A>;
   plan.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
@@ -138,8 +141,11 @@ template <typename A> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
     }
     plan.units = divide_up(g.n, plan.images) * plan.bands;
   }
+  // A part's result is written once and read once: all of them a quarter of what the parts read, if that leaves 16 of them.
   const int64_t partial_bytes = plan.slots * L * g.k * int64_t(sizeof(A));
-  int64_t most = max64(4, min64(64, (int64_t(32) << 20) / partial_bytes));
+  const int64_t input_bytes = (g.n * g.h * g.w * g.c + g.n * g.p * g.q * g.k) * value_bytes;
+  int64_t most = min64(64, (int64_t(32) << 20) / partial_bytes);
+  most = max64(4, min64(most, max64(16, input_bytes / 4 / partial_bytes)));
   if (winograd) most = max64(4, min64(most, g.n * divide_up(g.p, winograd) * divide_up(g.q, winograd) / kPartTiles));
   plan.parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
   while (plan.parts * 2 <= most) plan.parts *= 2;

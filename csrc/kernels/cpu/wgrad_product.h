@@ -126,10 +126,10 @@ template <typename M, typename T> struct WgradProduct {
       const int64_t first = split_begin(groups, ranges, range), last = split_begin(groups, ranges, range + 1);
       constexpr int64_t kTileSize = kOutputs * kVectors * L;
       A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t((last - first) * kTileSize) * sizeof(A)));
-      memset(sums, 0, size_t((last - first) * kTileSize) * sizeof(A));
       GradTile<M> tile = {};
       tile.images = tile.rows = 1;
       for (int64_t unit = 0; unit < units; unit += kProductPass) {
+        tile.fresh = unit == 0;
         tile.cols = min64(kProductPass, units - unit);
         for (int v = 0; v < vectors; ++v) tile.a[v] = activations + (slot + v) * units * L + unit * L;
         for (int64_t group = first; group < last; ++group) {

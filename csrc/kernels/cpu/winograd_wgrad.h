@@ -91,9 +91,10 @@ template <typename T> struct WinogradWgrad {
   }
 
   // partial [position][group of blocks][k][vector of the group] += products of a strip's tiles.
-  void multiply(const Strip& s, int64_t tiles, A* partial, Prefetcher& next) const {
+  void multiply(const Strip& s, int64_t tiles, A* partial, bool fresh, Prefetcher& next) const {
     GradTile<M> tile = {};
     tile.images = tile.rows = 1;
+    tile.fresh = fresh;
     tile.cols = tiles;
     tile.dy_pixel = s.grad_pixel;
     for (int64_t position = 0; position < F::kPositions; ++position) {
@@ -117,7 +118,7 @@ template <typename T> struct WinogradWgrad {
     }
   }
 
-  void add_unit(int64_t unit, A* partial, A* dbias) const {
+  void add_unit(int64_t unit, A* partial, bool fresh, A* dbias) const {
     const WgradUnit<T> u = wgrad_unit<T>(params, plan, unit);
     if (dbias) add_bias(dbias, u.dy, u.images * u.out_rows * u.out_cols, g.k);
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
@@ -145,7 +146,7 @@ template <typename T> struct WinogradWgrad {
         transform_grads(s, s.grad + row * cols * s.grad_pixel, u.dy + (image * g.p + TILE * tile_row) * g.q * g.k,
                         u.out_rows - TILE * tile_row, TILE * col0, cols);
       }
-      multiply(s, rows * cols, partial, next);
+      multiply(s, rows * cols, partial, fresh && strip == 0, next);
     }
   }
 
@@ -155,10 +156,10 @@ template <typename T> struct WinogradWgrad {
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
     parallel_for(params.parallel, plan.parts, [&](int64_t part) {
       A* const partial = partials + part * stride;
-      memset(partial, 0, size_t(stride) * sizeof(A));
-      const int64_t end = (part + 1) * plan.units / plan.parts;
-      for (int64_t unit = part * plan.units / plan.parts; unit < end; ++unit)
-        add_unit(unit, partial, params.dbias ? partial + partial_size : nullptr);
+      memset(partial + partial_size, 0, size_t(g.k) * sizeof(A));
+      const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
+      for (int64_t unit = first; unit < end; ++unit)
+        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr);
     });
 
     // The parts in order, whichever thread made them, then G^T ... G.
@@ -212,7 +213,7 @@ template <typename T> struct WinogradWgrad {
 
 // Returns false, with dweight and dbias to be computed again, if not all sums were finite.
 template <typename T> static bool winograd_wgrad(const PreactConvWgradParams& params) {
-  return WinogradWgrad<T>{params, params.g, plan_wgrad<float>(params.g, FilterOf<T>::kTile)}.run();
+  return WinogradWgrad<T>{params, params.g, plan_wgrad<T>(params.g, FilterOf<T>::kTile)}.run();
 }
 
 }  // namespace RF_VARIANT
