@@ -22,6 +22,7 @@ from bench.gpu.nets import NETS, Layer, Net, StagedNet  # noqa: E402
 
 from cuda_emulation import OnDevice  # noqa: E402
 
+import resnet_fused as rf  # noqa: E402
 from resnet_fused import primitives  # noqa: E402
 from resnet_fused.primitives import dispatch  # noqa: E402
 
@@ -308,12 +309,15 @@ class TestSteps:
             assert row["overhead"] == pytest.approx(row["p50_ms"] / rows[0]["p50_ms"], abs=1e-3)
             assert row["images_per_s"] == pytest.approx(2e3 / row["p50_ms"], rel=0.01)
             assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["first_step_s"] > 0
+        whole, kinds = rows[2]["units_by_one_call"].split(" of ")
+        assert whole == kinds and int(kinds) > 0 and "units_by_one_call" not in rows[1]
 
     def test_a_wrong_net_is_not_timed(self, monkeypatch):
         right = primitives.finalize_forward
         shiftless = torch.tensor([1.0, 1.0, 1.0, 0.0]).view(4, 1)
         monkeypatch.setattr(primitives, "finalize_forward", lambda *args: right(*args) * shiftless)
-        with pytest.raises(AssertionError, match="losses of preact_resnet29_cifar"):
+        # Under record_dispatch Python calls the primitives one by one.
+        with rf.record_dispatch(), pytest.raises(AssertionError, match="losses of preact_resnet29_cifar"):
             steps.measure(TINY, "fused", "cpu", rounds=1)
 
     def test_goes_on(self, tmp_path):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_emulation import ROOT, check_memory, library
+from cuda_emulation import ROOT, OnDevice, check_memory, library
 from test_primitives import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, wide
 from tolerances import assert_trusted
 
@@ -342,12 +342,19 @@ def test_small_integers_are_exact_by_halo_tiles(cuda, dtype):
 
 @pytest.mark.parametrize("shape", [Shape(9, 8, 96, 80, 8), Shape(9, 8, 97, 83, 8, 3, 1, 1)], ids=name_of)
 def test_many_tiles_are_merged_in_two_steps(cuda, shape):
-    # More than 512 tiles of 128 rows, in a line and of a rectangle.
+    # More than 512 tiles of 128 rows, in a line and of a rectangle: by segments, or by two launches of their own.
     case = Case(shape, torch.bfloat16)
-    y, stats = case.forward(cuda.preact_conv_forward, extras=False)
-    check_stats(stats, y)
-    dz, sums = case.dgrad(cuda.preact_conv_dgrad)
-    check_sums(sums, dz, case.x, case.bn)
+    for tree_groups in (4096, 500):
+        if not isinstance(cuda, OnDevice):
+            cuda.set_tree_groups(tree_groups)
+        try:
+            y, stats = case.forward(cuda.preact_conv_forward, extras=False)
+            dz, sums = case.dgrad(cuda.preact_conv_dgrad)
+        finally:
+            if not isinstance(cuda, OnDevice):
+                cuda.set_tree_groups(4096)
+        check_stats(stats, y)
+        check_sums(sums, dz, case.x, case.bn)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -46,7 +46,7 @@ def results(arguments, primitives_only=False, **options):
     with rf.record_dispatch() if primitives_only else contextlib.nullcontext():
         out, stats = fused(*mine, return_stats=True, **options)
         generator = torch.Generator().manual_seed(3)
-        dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+        dout = torch.randn(out.shape, generator=generator).to(out)
         grads = [out] if not out.requires_grad else gradients(out, mine, dout)
     return [out, stats, *grads, *(t for n in mine[1] for t in n[2:4] if t is not None)]
 

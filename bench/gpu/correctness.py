@@ -17,7 +17,7 @@ from .results import Part
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/test_triton_kernels.py", "tests/test_triton_operators.py")
 #: On the device by ON_DEVICE, instead of on the emulator, where the CUDA library is loaded.
-CUDA_TESTS = ("tests/test_cuda_kernels.py",)
+CUDA_TESTS = ("tests/test_cuda_kernels.py", "tests/test_cuda_unit_on_gpu.py")
 ON_DEVICE = {"RESNET_FUSED_TEST_DEVICE": "cuda"}
 #: Processes at most: each has a CUDA context of its own.
 _PROCESSES = 12

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_fused.analysis.measure import Timing
+from resnet_fused.ops import whole_unit
 
 from .correctness import ROOT
 from .nets import NETS, Net, layers_of
@@ -183,6 +184,9 @@ def measure(net: Net, contender: str, device: str, rounds: int = _ROUNDS) -> dic
     for quantile in ("p20", "p50", "p80"):
         row[f"{quantile}_ms"] = round(1e3 * getattr(timing, quantile), 3)
     row["images_per_s"] = round(net.batch / timing.p50, 1)
+    if contender.startswith("fused"):
+        # Kinds of units (shapes and options, forward and backward apart) that are one call, of all.
+        row["units_by_one_call"] = "{} of {}".format(*whole_unit.kept_operators())
     if device == "cuda":
         row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return row

@@ -125,3 +125,10 @@ def backward_operator(a, mask) -> tuple[Callable | None, list[bool]]:
         known = dispatch.keep(key, (operator, combined))
     operator, combined = known
     return (operator if _allowed(operator, a.x) else None), combined
+
+
+def kept_operators() -> tuple[int, int]:
+    """How many kinds of units, forward and backward apart, run by one operator, and how many kinds there have been
+    since the backend was last chosen."""
+    kept = dispatch.all_kept("residual_unit_")
+    return sum(value[0] is not None for value in kept), len(kept)

@@ -343,6 +343,11 @@ def keep(key: tuple, value: tuple) -> tuple:
     return value
 
 
+def all_kept(prefix: str) -> list[tuple]:
+    """All that :func:`keep` was given for keys that begin with a name that begins so."""
+    return [value for key, value in _selected.items() if key[0].startswith(prefix)]
+
+
 def has_own(primitive: str, device_type: str) -> bool:
     """Whether a backend with kernels of our own could run the primitive on this type of device."""
     return device_type != "cpu" or _backend == "triton" or "cpu" in _implementations[primitive]

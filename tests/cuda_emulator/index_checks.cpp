@@ -261,6 +261,13 @@ std::string check_splits() {
             if (split.splits > 1 && split.splits * g.k * split.columns * 4 > (int64_t{64} << 20))
               return "partial results of more than 64 MB";
           }
+  for (int64_t groups = 1; groups <= 5000; ++groups) {
+    const Segments segments = merge_segments(groups);
+    if (segments.groups != groups || segments.count < 1 || int64_t{segments.count} * segments.each < groups ||
+        (int64_t{segments.count} - 1) * segments.each >= groups)
+      return "segments that do not cover the groups, or an empty one that nobody would be the last of";
+    if (segments.each > 16 && segments.each * segments.each >= 2 * groups) return "segments of too many groups";
+  }
   return "";
 }
 

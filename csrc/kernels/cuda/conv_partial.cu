@@ -35,7 +35,7 @@ int64_t conv_dgrad_counters(const ConvGeometry& g) {
 }
 int64_t backward_1x1_counters(const ConvGeometry& g, int multiprocessors) {
   const Backward1x1Split split = backward_1x1_split(g, multiprocessors);
-  return merge_counters(split.programs) * split.channel_blocks;
+  return (merge_segments(split.programs).count + 1) * split.channel_blocks;  // programs are few
 }
 
 int64_t conv_dgrad_partial_floats(const ConvGeometry& g) {
