@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from types import ModuleType
+from typing import Any
 
 from ..training.lazy import require
 from .propagation_tables import Table
@@ -66,7 +67,7 @@ def draw(title: str, tables: dict[str, Table]) -> bytes:
                 axis.plot(
                     [row["step"] for row in losses], [row["loss"] for row in losses], color=colors[case]
                 )
-            axis.set(xlabel="training step", ylabel="training loss")
+            axis.set(xlabel="training step", ylabel="training loss (logarithmic)")
             _cut_off(axis, [row["loss"] for row in tables["losses"]])
             axis.grid(alpha=0.3)
         figure.suptitle(title)
@@ -81,7 +82,7 @@ def draw(title: str, tables: dict[str, Table]) -> bytes:
         plt.close(figure)
 
 
-def _lines(axes, units: Table, color: str):
+def _lines(axes: list[Any], units: Table, color: str) -> Any:
     """The three curves of one net at one step; returns the handle for the legend."""
     depth = [row["unit"] for row in units]
     (handle,) = axes[0].plot(depth, [row["signal_rms"] for row in units], color=color)
@@ -101,11 +102,11 @@ def _lines(axes, units: Table, color: str):
     return handle
 
 
-def _cut_off(axis, losses: list[float]) -> None:
+def _cut_off(axis: Any, losses: list[float]) -> None:
     """Leave out of sight what a diverging net's loss rises to: it would flatten all others."""
-    first = [loss for loss in losses if math.isfinite(loss)][:1]
-    if first:
-        axis.set_ylim(top=min(axis.get_ylim()[1], 3 * first[0]))
+    finite = [loss for loss in losses if 0 < loss < math.inf]
+    if finite:
+        axis.set(yscale="log", ylim=(0.95 * min(finite), 1.05 * min(max(finite), 4 * finite[0])))
 
 
 def _with_palette(image: io.BytesIO) -> bytes:
