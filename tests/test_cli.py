@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cifar_files import write_binary10, write_pickles10
 
 import resnet_fused
 from resnet_fused import cli
-from resnet_fused.models import registry
+from resnet_fused.models import PreActResNetCifar, registry
 from resnet_fused.training import demo
 from resnet_fused.training.checkpoint import save_checkpoint
 
@@ -24,7 +25,8 @@ ROOT = str(Path(resnet_fused.__file__).resolve().parent.parent)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(registry._MODELS, "preact_resnet8_cifar", (8, "basic"))
+    entry = (10, partial(PreActResNetCifar, 8), PreActResNetCifar)
+    monkeypatch.setitem(registry._MODELS, "preact_resnet8_cifar", entry)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield

@@ -11,11 +11,12 @@ import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
-from resnet_fused.models import registry
+from resnet_fused.models import PreActResNetCifar, registry
 from resnet_fused.training import checkpoint as checkpoints
 from resnet_fused.training import run as runs
 from resnet_fused.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
@@ -273,7 +274,7 @@ def tiny_dataset(name: str = "bright or dark") -> ImageDataset:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """A net of 8 layers, images of 12x12, and one thread, for runs that take a second."""
-    monkeypatch.setitem(registry._MODELS, "tiny", (8, "basic"))
+    monkeypatch.setitem(registry._MODELS, "tiny", (10, partial(PreActResNetCifar, 8), PreActResNetCifar))
     monkeypatch.setattr(runs, "load_dataset", lambda data, allow_unverified: tiny_dataset(data))
     threads = torch.get_num_threads()
     yield

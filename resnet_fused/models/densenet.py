@@ -71,7 +71,7 @@ class DenseNet(nn.Module):
             raise ValueError(f"stem should be 'cifar' or 'imagenet', but got {stem!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout should be in [0, 1), but got {dropout}")
-        self.fused = self.hands_on_statistics = fused
+        self.fused = fused
         self.stem = stem
         source = dense if fused else reference
         factory = {"device": device, "dtype": dtype}
@@ -99,6 +99,11 @@ class DenseNet(nn.Module):
         self.features.add_module(self.last_norm, nn.BatchNorm2d(channels, **norm))
         self.classifier = nn.Linear(channels, num_classes, **factory)
         self.reset_parameters()
+
+    @property
+    def hands_on_statistics(self) -> bool:
+        """For ``fuse``: with fused units, this net's forward is no sequence of layers to look into."""
+        return self.fused
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, in the order of the modules."""

@@ -30,9 +30,6 @@ class PreActStages(nn.Module):
         num_classes, in_channels, fused, unit_options, device, dtype: see :class:`PreActResNetCifar`.
     """
 
-    #: For ``fuse``: with fused units, this net's forward is no sequence of layers to look into.
-    hands_on_statistics: bool
-
     def __init__(
         self,
         stem: int,
@@ -48,7 +45,7 @@ class PreActStages(nn.Module):
         dtype: Any,
     ) -> None:
         super().__init__()
-        self.fused = self.hands_on_statistics = fused
+        self.fused = fused
         factory = {"device": device, "dtype": dtype}
         source = units if fused else reference
         unit = source.PreActBasicBlock if block == "basic" else source.PreActBottleneck
@@ -71,6 +68,11 @@ class PreActStages(nn.Module):
         self.negative_slope = options.get("negative_slope", 0.0)
         self.fc = nn.Linear(channels, num_classes, **factory)
         self.reset_parameters()
+
+    @property
+    def hands_on_statistics(self) -> bool:
+        """For ``fuse``: with fused units, this net's forward is no sequence of layers to look into."""
+        return self.fused
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, in the order of the modules."""

@@ -161,6 +161,17 @@ def list_models() -> list[str]:
     return list(_MODELS)
 
 
+def _nearest(name: str) -> list[str]:
+    """Names that may have been meant, best first; the ending is easily forgotten."""
+    scores: dict[str, float] = {}
+    for asked in (name, f"{name}_cifar"):
+        for known in difflib.get_close_matches(asked, list_models(), n=3, cutoff=0.5):
+            ratio = difflib.SequenceMatcher(None, asked, known).ratio()
+            scores[known] = max(ratio, scores.get(known, 0.0))
+    likely = sorted(scores, key=scores.get, reverse=True)
+    return [known for known in likely if difflib.SequenceMatcher(None, name, known).ratio() >= 0.5][:3]
+
+
 def create_model(
     name: str, num_classes: int | None = None, fused: bool = True, in_channels: int = 3, **options: Any
 ) -> nn.Module:
@@ -186,7 +197,7 @@ def create_model(
             options without meaning.
     """
     if name not in _MODELS:
-        close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+        close = _nearest(name)
         known = (
             f"Did you mean {' or '.join(close)}?" if close else f"Known models: {', '.join(list_models())}"
         )
