@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "explain": ("resnet_fused.analysis.explain", "tell what fuse(model) does with a net, and why not more"),
     "verify": ("resnet_fused.analysis.verify", "compare a net, fused, with itself and with float64"),
+    "analyze": ("resnet_fused.analysis.analyze", "measure signals and gradients by depth in residual nets"),
     "bench": ("resnet_fused.analysis.bench", "measure training steps against their bare convolutions"),
 }
 
