@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from types import ModuleType
 from typing import Any
 
-from ..training.lazy import require
+from ..training.curves import pyplot
 from .propagation_tables import Table
 
-__all__ = ["draw", "pyplot"]
+__all__ = ["draw"]
 
 _COLUMNS = (
     "signal: rms of $x_l$",
@@ -18,16 +17,6 @@ _COLUMNS = (
     r"direct term / $\|\partial E/\partial x_L\|$, L: end of stage",
 )
 _DOTS_PER_INCH = 80
-
-
-def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing to files.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
-    require("matplotlib", "matplotlib", "drawing pictures").use("Agg")
-    return require("matplotlib.pyplot", "matplotlib", "drawing pictures")
 
 
 def draw(title: str, tables: dict[str, Table]) -> bytes:
@@ -40,7 +29,7 @@ def draw(title: str, tables: dict[str, Table]) -> bytes:
     Raises:
         UserError: matplotlib is missing.
     """
-    plt = pyplot()
+    plt = pyplot("drawing pictures")
     cases = list(dict.fromkeys(row["case"] for row in tables["units"]))
     steps = sorted({row["step"] for row in tables["units"]})
     trained = bool(tables["losses"])

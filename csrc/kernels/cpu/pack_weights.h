@@ -10,6 +10,39 @@ namespace RF_VARIANT {
 // its values lie in the tensor.
 constexpr int kPackChannels = 32;
 
+#if RF_LEVEL >= 2
+// 16 rows of 16 lanes, transposed in place: pairs of rows, then of pairs, then of quarters of vectors.
+RF_INLINE void transpose(__m512 (&v)[16]) {
+  constexpr __mmask16 kAll = 0xffff;  // GCC 12 takes the unmasked names for reads of uninitialised vectors
+  __m512 t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_maskz_unpacklo_ps(kAll, v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_maskz_unpackhi_ps(kAll, v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {  // v[4 i + j]: lane j of each quarter, of rows 4 i to 4 i + 3
+#pragma GCC unroll 16
+    for (int j = 0; j < 2; ++j) {
+      v[4 * i + 2 * j] = _mm512_maskz_shuffle_ps(kAll, t[4 * i + j], t[4 * i + 2 + j], 0x44);
+      v[4 * i + 2 * j + 1] = _mm512_maskz_shuffle_ps(kAll, t[4 * i + j], t[4 * i + 2 + j], 0xee);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 4; ++j) {  // lane j of each quarter q is row 4 q + j of the result
+    const __m512 low02 = _mm512_maskz_shuffle_f32x4(kAll, v[j], v[4 + j], 0x88), low13 = _mm512_maskz_shuffle_f32x4(kAll, v[j], v[4 + j], 0xdd);
+    const __m512 high02 = _mm512_maskz_shuffle_f32x4(kAll, v[8 + j], v[12 + j], 0x88);
+    const __m512 high13 = _mm512_maskz_shuffle_f32x4(kAll, v[8 + j], v[12 + j], 0xdd);
+    t[j] = _mm512_maskz_shuffle_f32x4(kAll, low02, high02, 0x88);
+    t[8 + j] = _mm512_maskz_shuffle_f32x4(kAll, low02, high02, 0xdd);
+    t[4 + j] = _mm512_maskz_shuffle_f32x4(kAll, low13, high13, 0x88);
+    t[12 + j] = _mm512_maskz_shuffle_f32x4(kAll, low13, high13, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+#endif
+
 // Values [channel][lane] of one tap, as they are used: rounded to the activation dtype. Lanes beyond `lanes` are 0.
 template <typename T> struct WeightBlock {
   typedef Acc<T> A;
@@ -35,6 +68,26 @@ template <typename T> struct WeightBlock {
                                                       : rounded<T>(load(from + channel * in_stride)));
       return;
     }
+#if RF_LEVEL >= 2
+    if constexpr (sizeof(A) == 4) {
+      if (in_stride == 1 && lanes == L) {
+        for (int64_t channel = 0; channel < channels; channel += L) {
+          __m512 rows[L];
+#pragma GCC unroll 16
+          for (int64_t lane = 0; lane < L; ++lane) {
+            const S* const line = from + lane * out_stride + channel;
+            vfloat v = channels - channel >= L ? load(line) : load_partial(line, int(channels - channel));
+            if constexpr (sizeof(S) != sizeof(T)) v = rounded<T>(v);
+            rows[lane] = (__m512)v;
+          }
+          transpose(rows);
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < L; ++i) store(values[channel + i], (vfloat)rows[i]);
+        }
+        return;
+      }
+    }
+#endif
     if (lanes < L) memset(values, 0, sizeof values);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const S* const line = from + lane * out_stride;
