@@ -66,10 +66,22 @@ RF_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------- scratch
 
-// The band of rows [row0, row0 + rows) and columns [col0, col0 + cols) of an image, in coordinates that may lie outside.
+// From one row and column of a band to the next, in the image, and from one output to the next, in the band. Where a kernel
+// has one tap, a strided convolution keeps only what it reads.
+struct BandSteps {
+  int64_t row, col;
+  int64_t stride_h, stride_w;
+};
+RF_INLINE BandSteps band_steps(const ConvGeometry& g) {
+  const int64_t row = g.r == 1 ? g.stride_h : 1, col = g.s == 1 ? g.stride_w : 1;
+  return {row, col, g.stride_h / row, g.stride_w / col};
+}
+
+// Rows row0 + i * row_step and columns col0 + j * col_step of an image, in coordinates that may lie outside.
 struct BandLayout {
   int64_t channels;
   int64_t rows, cols;
+  int64_t row_step, col_step;
   int64_t col_stride;      // columns are grouped by residue modulo this
   int64_t plane;           // column slots per residue
   int64_t slots;           // col_stride * plane
@@ -77,11 +89,14 @@ struct BandLayout {
 };
 
 template <typename M>
-static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_t col_stride) {
+static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_t col_stride, int64_t row_step = 1,
+                            int64_t col_step = 1) {
   BandLayout b;
   b.channels = channels;
   b.rows = rows;
   b.cols = cols;
+  b.row_step = row_step;
+  b.col_step = col_step;
   b.col_stride = col_stride;
   b.plane = divide_up(cols, col_stride);
   b.slots = b.plane * col_stride;
@@ -172,12 +187,14 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
                       int64_t row0, int64_t col0, const Prologue<Acc<T>>& pro, Note note = {}) {
   constexpr int B = kBlock<M>;
   const int64_t block_channels = int64_t(B) * M::kUnitChannels;
-  const int64_t inside_begin = min64(b.cols, max64(0, -col0)), inside_end = max64(inside_begin, min64(b.cols, width - col0));
+  const int64_t inside_begin = min64(b.cols, divide_up(max64(0, -col0), b.col_step));
+  const int64_t inside_end = max64(inside_begin, min64(b.cols, divide_up(max64(0, width - col0), b.col_step)));
+  const int64_t step = b.col_step * b.channels;
   for (int64_t block = 0; block < b.blocks; ++block) {
     const int64_t channel = block * block_channels;
     for (int64_t row = 0; row < b.rows; ++row) {
       typename M::Unit* out = scratch + (block * b.rows + row) * b.slots * B;
-      const int64_t h = row0 + row;
+      const int64_t h = row0 + row * b.row_step;
       if (h < 0 || h >= height) {
         memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
         continue;
@@ -186,13 +203,13 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
       if (b.col_stride == 1) {
         memset(out, 0, size_t(inside_begin) * B * sizeof(typename M::Unit));
         for (int64_t j = inside_begin; j < inside_end; ++j)
-          fill_block<M, T>(out + j * B, in + j * b.channels, channel, b.channels, pro, note);
+          fill_block<M, T>(out + j * B, in + j * step, channel, b.channels, pro, note);
         memset(out + inside_end * B, 0, size_t(b.slots - inside_end) * B * sizeof(typename M::Unit));
       } else {
         memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
         for (int64_t j = inside_begin; j < inside_end; ++j)
-          fill_block<M, T>(out + ((j % b.col_stride) * b.plane + j / b.col_stride) * B, in + j * b.channels, channel,
-                           b.channels, pro, note);
+          fill_block<M, T>(out + ((j % b.col_stride) * b.plane + j / b.col_stride) * B, in + j * step, channel, b.channels,
+                           pro, note);
       }
     }
   }

@@ -20,14 +20,15 @@ struct BandPlan {
 };
 template <typename M> BandPlan plan_bands(const ConvGeometry& g) {
   BandPlan plan = {};
+  const BandSteps steps = band_steps(g);
   const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-  plan.cols = (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
+  plan.cols = (g.q - 1) * steps.stride_w + g.dilation_w * (g.s - 1) + 1;
   const int64_t blocks = divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels);
-  const int64_t row_bytes = blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
-  plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+  const int64_t row_bytes = blocks * round_up(plan.cols, steps.stride_w) * RF_VECTOR_BYTES;
+  plan.band_rows = rows_per_band(g.p, row_bytes, steps.stride_h, halo_h - steps.stride_h);
   plan.bands = divide_up(g.p, plan.band_rows);
   plan.tasks = g.n * plan.bands;
-  plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
+  plan.rows = (plan.band_rows - 1) * steps.stride_h + halo_h;
   return plan;
 }
 
@@ -165,6 +166,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   const bool pointwise = is_pointwise(g);
   const PointwisePlan runs = plan_pointwise<M>(g.n * g.h * g.w, g.c, pack.out_blocks);
   const BandPlan bands = plan_bands<M>(g);
+  const BandSteps steps = band_steps(g);
   const int64_t parts = pointwise ? runs.runs : bands.tasks, tasks = pointwise ? runs.tasks() : bands.tasks;
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
@@ -183,7 +185,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   A* const partial = partial_stats<A>(params, parts);
   const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
   const BandLayout largest = pointwise ? make_band<M>(g.c, 1, divide_up(runs.pixels, runs.runs), 1)
-                                       : make_band<M>(g.c, bands.rows, bands.cols, g.stride_w);
+                                       : make_band<M>(g.c, bands.rows, bands.cols, steps.stride_w);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
         kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
@@ -205,13 +207,14 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       out_rows = min64(bands.band_rows, g.p - p0);
       out_cols = g.q;
       first_pixel = (image * g.p + p0) * g.q;
-      layout = make_band<M>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, bands.cols, g.stride_w);
+      layout = make_band<M>(g.c, (out_rows - 1) * steps.stride_h + g.dilation_h * (g.r - 1) + 1, bands.cols, steps.stride_w,
+                            steps.row, steps.col);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
                       p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
     }
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t col = taps_s[t] * g.dilation_w;
-      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % g.stride_w) * layout.plane + col / g.stride_w) *
+      tap_offsets[t] = (taps_r[t] * g.dilation_h * layout.slots + (col % steps.stride_w) * layout.plane + col / steps.stride_w) *
                        kBlock<M>;
     }
     const Epilogue<T> epilogue = start_epilogue<T>(
@@ -229,7 +232,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
         const int64_t image = (task + 1) / bands.bands, p0 = (task + 1) % bands.bands * bands.band_rows;
         const int64_t top = p0 * g.stride_h - g.pad_h;
         begin = (image * g.h + max64(0, top)) * g.w;
-        end = (image * g.h + max64(0, min64(g.h, top + bands.rows))) * g.w;
+        end = (image * g.h + max64(0, min64(g.h, top + bands.rows * steps.row))) * g.w;
         pixel = (image * g.p + p0) * g.q;
         count = min64(bands.band_rows, g.p - p0) * g.q;
       }
@@ -248,7 +251,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
           const int64_t begin = split_begin(out_cols, tiles, i);
           const int np = int(split_begin(out_cols, tiles, i + 1) - begin);
           next.advance();
-          const Unit* const in = band + (row * g.stride_h * layout.slots + begin) * kBlock<M>;
+          const Unit* const in = band + (row * steps.stride_h * layout.slots + begin) * kBlock<M>;
           const int64_t pixel = first_pixel + row * out_cols + begin;
           conv_tile_of<M, Epilogue<T>>(np, vectors)(input, in, w, epilogue, channel, pixel, done);
           done += np;

@@ -36,7 +36,7 @@ static void fill_pairs(uint32_t* even, uint32_t* odd, const BandLayout& b, int64
     const int valid = int(min64(L, b.channels - channel));
     for (int64_t row = 0; row < b.rows; ++row)
       for (int64_t residue = 0; residue < b.col_stride; ++residue) {
-        const int64_t line = ((block * b.rows + row) * b.col_stride + residue) * pairs * L, h = row0 + row;
+        const int64_t line = ((block * b.rows + row) * b.col_stride + residue) * pairs * L, h = row0 + row * b.row_step;
         if (h < 0 || h >= height) {
           memset(even + line, 0, size_t(pairs) * L * sizeof(uint32_t));
           if (odd) memset(odd + line, 0, size_t(pairs) * L * sizeof(uint32_t));
@@ -44,7 +44,7 @@ static void fill_pairs(uint32_t* even, uint32_t* odd, const BandLayout& b, int64
         }
         const bf16* const in = image + h * width * b.channels + channel;
         const auto slot = [&](int64_t index) {
-          const int64_t column = index * b.col_stride + residue + col0;
+          const int64_t column = (index * b.col_stride + residue) * b.col_step + col0;
           if (column < 0 || column >= width) return vfloat{};
           return load_activation<bf16>(in + column * b.channels, channel, valid, prologue);
         };
@@ -103,11 +103,13 @@ template <typename M, typename T> struct Wgrad {
   void add_unit(int64_t unit, A* partial, bool fresh, A* dbias) const {
     const WgradUnit<T> u = wgrad_unit<T>(params, plan, unit);
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
+    const BandSteps steps = band_steps(g);
     const int64_t images = u.images, out_rows = u.out_rows, out_cols = u.out_cols;
     const BandLayout layout =
         plan.pointwise
             ? make_band<FillMode>(g.c, 1, out_cols, 1)
-            : make_band<FillMode>(g.c, (out_rows - 1) * g.stride_h + g.dilation_h * (g.r - 1) + 1, plan.cols, g.stride_w);
+            : make_band<FillMode>(g.c, (out_rows - 1) * steps.stride_h + g.dilation_h * (g.r - 1) + 1, plan.cols,
+                                  steps.stride_w, steps.row, steps.col);
     // With several images per unit a band is a whole image, so their dy rows are contiguous.
     const int64_t dy_rows = images * out_rows;
     if (dbias) add_bias(dbias, u.dy, dy_rows * out_cols, g.k);
@@ -163,10 +165,10 @@ template <typename M, typename T> struct Wgrad {
     tile.dy_pixel = dy_step;
     tile.dy_row = tile.cols * dy_step;
     tile.dy_image = out_rows * tile.dy_row;
-    tile.a_row = g.stride_h * line;
+    tile.a_row = steps.stride_h * line;
 
     // Rows at a time such that inputs and gradients stay in the L1 cache while all tiles pass over them.
-    const int64_t row_bytes = (layout.blocks * layout.slots * L * g.stride_h + tile.cols * g.k) * int64_t(sizeof(Unit));
+    const int64_t row_bytes = (layout.blocks * layout.slots * L * steps.stride_h + tile.cols * g.k) * int64_t(sizeof(Unit));
     const int64_t step = min64(out_rows, max64(divide_up(kTilePass / 4, tile.cols), 24 * 1024 / max64(1, row_bytes)));
     // A pointwise run is one long row: cut it the same way.
     const int64_t col_step =
@@ -186,9 +188,9 @@ template <typename M, typename T> struct Wgrad {
           for (int v = 0; v < vectors; ++v) {
             const int64_t tap = (slot + v) / plan.blocks, block = (slot + v) % plan.blocks;
             const int64_t r = tap / g.s * g.dilation_h, s = tap % g.s * g.dilation_w;
-            const int64_t offset = s / g.stride_w;
+            const int64_t offset = s / steps.stride_w;
             const int64_t column = kPairs ? (offset & 1) * copy_stride + offset / 2 * L : offset * L;
-            tile.a[v] = a_base + block * block_stride + r * line + (s % g.stride_w) * plane + column +
+            tile.a[v] = a_base + block * block_stride + r * line + (s % steps.stride_w) * plane + column +
                         row * tile.a_row + col * L;
           }
           const int64_t tiles = divide_up(g.k, int64_t(tile_outputs(vectors)));
@@ -218,7 +220,7 @@ template <typename M, typename T> struct Wgrad {
 
   bool has_odd_offset() const {
     for (int64_t s = 0; s < g.s; ++s)
-      if (s * g.dilation_w / g.stride_w & 1) return true;
+      if (s * g.dilation_w / band_steps(g).stride_w & 1) return true;
     return false;
   }
 

@@ -125,13 +125,14 @@ template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
     plan.rows = 1;
     plan.cols = plan.chunk;
   } else {
+    const BandSteps steps = band_steps(g);
     const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-    plan.cols = winograd ? round_up(g.q, winograd) + 2 : (g.q - 1) * g.stride_w + g.dilation_w * (g.s - 1) + 1;
-    const int64_t row_bytes = plan.blocks * round_up(plan.cols, g.stride_w) * RF_VECTOR_BYTES;
-    plan.band_rows = rows_per_band(g.p, row_bytes, g.stride_h, halo_h - g.stride_h);
+    plan.cols = winograd ? round_up(g.q, winograd) + 2 : (g.q - 1) * steps.stride_w + g.dilation_w * (g.s - 1) + 1;
+    const int64_t row_bytes = plan.blocks * round_up(plan.cols, steps.stride_w) * RF_VECTOR_BYTES;
+    plan.band_rows = rows_per_band(g.p, row_bytes, steps.stride_h, halo_h - steps.stride_h);
     if (winograd) plan.band_rows = round_up(plan.band_rows, winograd);
     plan.bands = divide_up(g.p, plan.band_rows);
-    plan.rows = (plan.band_rows - 1) * g.stride_h + halo_h;
+    plan.rows = (plan.band_rows - 1) * steps.stride_h + halo_h;
     plan.images = 1;
     if (plan.bands == 1) {
       const int64_t wanted =
@@ -189,7 +190,7 @@ static WgradUnit<T> wgrad_unit(const PreactConvWgradParams& params, const WgradP
     u.dy = dy + (index * g.p + p0) * g.q * g.k;
     // Rows that follow: they are of the next band, or of the next images.
     next_x = min64(g.n * g.h, (index + u.images - 1) * g.h + max64(0, (p0 + u.out_rows) * g.stride_h)) * g.w;
-    past_x = min64(g.n * g.h * g.w, next_x + u.images * plan.rows * g.w);
+    past_x = min64(g.n * g.h * g.w, next_x + u.images * plan.rows * band_steps(g).row * g.w);
     next_dy = ((index + u.images - 1) * g.p + p0 + u.out_rows) * g.q;
     past_dy = min64(g.n * g.p * g.q, next_dy + u.images * u.out_rows * g.q);
   }
