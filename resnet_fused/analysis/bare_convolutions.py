@@ -84,7 +84,7 @@ class _Candidate:
     """One convolution in one memory format: its operations, and the times of each."""
 
     def __init__(self, conv: Convolution, memory_format: torch.memory_format, dtype: torch.dtype,
-                 generator: torch.Generator) -> None:
+                 generator: torch.Generator, training: bool = True) -> None:
         def tensor(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
             values = torch.randn(shape, generator=generator) * scale
             return values.to(dtype).contiguous(memory_format=memory_format)
@@ -98,15 +98,16 @@ class _Candidate:
         def backward(*mask: bool):
             return lambda: torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *geometry, mask)
 
-        self.operations = {"forward": lambda: torch.ops.aten.convolution(x, weight, bias, *geometry),
-                           "wgrad": backward(False, True, conv.bias)}
-        if conv.input_gradient:
+        self.operations = {"forward": lambda: torch.ops.aten.convolution(x, weight, bias, *geometry)}
+        if training:
+            self.operations["wgrad"] = backward(False, True, conv.bias)
+        if training and conv.input_gradient:
             self.operations["dgrad"] = backward(True, False, False)
             self.operations["dgrad+wgrad"] = backward(True, True, conv.bias)
         self.samples: dict[str, list[float]] = {name: [] for name in self.operations}
 
     def fastest(self) -> tuple[str, ...]:
-        """The operations of a training step: both gradients in one call where that is faster."""
+        """The operations of a step: both gradients in one call where that is faster."""
         apart = tuple(name for name in ("forward", "dgrad", "wgrad") if name in self.operations)
         together = ("forward", "dgrad+wgrad")
         return min((way for way in (apart, together) if set(way) <= set(self.operations)), key=self.seconds)
@@ -118,8 +119,8 @@ class _Candidate:
 class BareConvolutions:
     """Times the convolutions of a net, one by one, by the framework's own library.
 
-    Timed are the forward, the input gradient and the weight gradient (``aten::convolution`` and
-    ``aten::convolution_backward``). Each distinct convolution is timed once per round and counts as often as
+    Timed are the forward and, for training, the input gradient and the weight gradient (``aten::convolution``
+    and ``aten::convolution_backward``). Each distinct convolution is timed once per round and counts as often as
     the net has it. For each, the faster memory format is taken, and both gradients in one call where that is
     faster than two.
 
@@ -132,12 +133,14 @@ class BareConvolutions:
     Args:
         convolutions: as :func:`collect_convolutions` returns them.
         dtype: of x, weight and gradients.
+        training: the gradients too.
     """
 
-    def __init__(self, convolutions: Counter[Convolution], dtype: torch.dtype) -> None:
+    def __init__(self, convolutions: Counter[Convolution], dtype: torch.dtype,
+                 training: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         self.counts = convolutions
-        self._candidates = {conv: {name: _Candidate(conv, memory_format, dtype, generator)
+        self._candidates = {conv: {name: _Candidate(conv, memory_format, dtype, generator, training)
                                    for name, memory_format in _FORMATS.items()} for conv in convolutions}
 
     @torch.no_grad()
@@ -167,7 +170,7 @@ class BareConvolutions:
         return choices
 
     def timing(self) -> Timing:
-        """Seconds of all convolutions of one training step, over the rounds."""
+        """Seconds of all convolutions of one step, over the rounds."""
         sums: list[float] = []
         for conv, (memory_format, operations) in self._choices().items():
             samples = self._candidates[conv][memory_format].samples

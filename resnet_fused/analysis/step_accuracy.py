@@ -1,9 +1,9 @@
-"""Does a fused training step compute what the plain net computes? Asked before anything is timed.
+"""Does the fused net compute what the plain net computes? Asked before anything is timed.
 
 The project's trust rule: against a float64 run of the plain net, error(fused) <= 2 x error(plain net, same
 dtype) + 2 ulp. A deep net amplifies every rounding, so single elements say nothing; the rule is applied to
 the Euclidean norm of each quantity: the losses of the images, the gradient of each parameter, the running
-statistics of each norm.
+statistics of each norm; in inference, to the logits.
 
 The losses and the running statistics depend continuously on every rounding. The gradients do not: the
 derivative of ReLU jumps at 0, and where a pre-activation is nearer to 0 than it is exact, its sign is a
@@ -17,15 +17,18 @@ shows what they do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from .training_step import CONTENDERS, DTYPES, TrainingStep
+from ..fusion.doubt import every_relu
+from .benchmark_net import BenchmarkNet
+from .contenders import CONTENDERS, DTYPES, Contender
+from .inference_pass import InferencePass, calibrated_state
+from .training_step import TrainingStep
 
 __all__ = ["Accuracy", "compare", "verify"]
 
@@ -85,14 +88,23 @@ def compare(exact: Mapping[str, Tensor], fused: Mapping[str, Tensor], plains: It
     return Accuracy(worst.quantity, worst.error, worst.plain, worst.used, failed, len(exact))
 
 
-def verify(model: str, images: Tensor, labels: Tensor, dtypes: Iterable[str]) -> dict[str, Accuracy]:
-    """Compare the fused net with the plain one, from the same weights and on the same batch, in each of
-    ``dtypes``."""
+def verify(net: BenchmarkNet, mode: str, dtypes: Iterable[str]) -> dict[str, Accuracy]:
+    """Compare the fused net with the plain one, from the same weights and on the same batch, of
+    ``net.verify_batch_size`` images, in each of ``dtypes``.
+
+    Args: mode: "train": losses, gradients and running statistics; "inference": the logits in eval mode.
+    """
+    images, labels = net.batch(net.verify_batch_size)
+    return (_verify_inference if mode == "inference" else _verify_step)(net, images, labels, dtypes)
+
+
+def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
+                 dtypes: Iterable[str]) -> dict[str, Accuracy]:
     nchw, channels_last, fused = CONTENDERS
     pre_activations: list[Tensor] = []  # as float32: exact where it matters, near 0
-    reference = TrainingStep(nchw, model, images.double(), labels, autocast=False)
+    reference = TrainingStep(nchw, net, images.double(), labels, autocast=False)
     reference.model.double()
-    with _EveryRelu(lambda index, z: pre_activations.append(z.detach().float()) or F.relu(z)):
+    with every_relu(lambda index, z, slope: pre_activations.append(z.detach().float())):
         losses = reference.losses()
     exact = _quantities(reference, losses)
     del reference, losses
@@ -100,7 +112,7 @@ def verify(model: str, images: Tensor, labels: Tensor, dtypes: Iterable[str]) ->
     results = {}
     for dtype in dtypes:
         def step(contender):
-            return TrainingStep(contender, model, images, labels, autocast=dtype == "bf16")
+            return TrainingStep(contender, net, images, labels, autocast=dtype == "bf16")
 
         doubt = None if dtype == "bf16" else signs_in_doubt(step(channels_last), pre_activations)
         plains = [_run(step(nchw)), _run(step(channels_last))]
@@ -108,9 +120,27 @@ def verify(model: str, images: Tensor, labels: Tensor, dtypes: Iterable[str]) ->
     return results
 
 
+def _verify_inference(net: BenchmarkNet, images: Tensor, labels: Tensor,
+                      dtypes: Iterable[str]) -> dict[str, Accuracy]:
+    state = calibrated_state(net)
+
+    def logits(contender: Contender, dtype: str) -> dict[str, Tensor]:
+        one = InferencePass(contender, net, images, labels, autocast=dtype == "bf16", state=state)
+        if dtype == "fp64":
+            one.model.double()
+            one.images = one.images.double()
+        return {"logits": one().double()}
+
+    nchw, channels_last, fused = CONTENDERS
+    exact = logits(nchw, "fp64")
+    return {dtype: compare(exact, logits(fused, dtype), [logits(nchw, dtype), logits(channels_last, dtype)],
+                           DTYPES[dtype])
+            for dtype in dtypes}
+
+
 def signs_in_doubt(step: TrainingStep, exact: list[Tensor]) -> dict[str, float]:
     """By how much the gradients of a plain net change (Euclidean norm of each) if the derivative of every
-    ReLU is reversed wherever the sign of its input is not certain.
+    (Leaky)ReLU is reversed wherever the sign of its input is not certain.
 
     Args:
         step: the plain net, float32.
@@ -120,40 +150,27 @@ def signs_in_doubt(step: TrainingStep, exact: list[Tensor]) -> dict[str, float]:
 
     class Relu(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, z: Tensor, certain: float) -> Tensor:
+        def forward(ctx, z: Tensor, slope: float, certain: float) -> Tensor:
             ctx.save_for_backward(z > 0, z.abs() < certain)
-            return torch.relu(z)
+            ctx.slope = slope
+            return F.leaky_relu(z, slope) if slope else torch.relu(z)
 
         @staticmethod
-        def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
             positive, doubtful = ctx.saved_tensors
-            return gradient * (positive ^ doubtful if reverse else positive), None
+            positive = positive ^ doubtful if reverse else positive
+            return torch.where(positive, gradient, gradient * ctx.slope), None, None
 
-    def relu(index: int, z: Tensor) -> Tensor:
+    def relu(index: int, z: Tensor, slope: float) -> Tensor:
         error = (z.detach() - exact[index]).square().mean().sqrt()
-        return Relu.apply(z, _DOUBT * float(error))
+        return Relu.apply(z, slope, _DOUBT * float(error))
 
-    with _EveryRelu(relu):
+    with every_relu(relu):
         losses = step.losses()
     ordinary = _quantities(step, losses, retain_graph=True)
     reverse = True
     reversed_ = _quantities(step, losses)
     return {name: float((reversed_[name] - value).norm()) for name, value in ordinary.items()}
-
-
-class _EveryRelu(TorchFunctionMode):
-    """Calls ``replacement(index, z)`` in place of ``relu(z)``; index counts the calls."""
-
-    def __init__(self, replacement: Callable[[int, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._replacement = replacement
-        self._calls = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in (F.relu, torch.relu):
-            return function(*args, **(kwargs or {}))
-        self._calls += 1
-        return self._replacement(self._calls - 1, args[0])
 
 
 def _run(step: TrainingStep) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Memory of a training step, by three measures, each in a process of its own.
+"""Memory of a training step or of an inference, by three measures, each in a process of its own.
 
-* saved: bytes of the tensors that autograd holds from forward to backward: the activations proper.
+* saved: bytes of the tensors that autograd holds from forward to backward: the activations proper. None in inference.
 * peak: the most bytes that tensors take at any moment of forward and backward, temporaries included.
 * resident: by how much the process grows (resident set) while it trains: what the system really has to give.
 
@@ -27,9 +27,11 @@ import torch
 
 from ..training.memory import peak_allocated_bytes, saved_activation_bytes
 from ..training.own_process import json_from_process
-from .training_step import TrainingStep, contender_by_key, synthetic_batch
+from .benchmark_net import BenchmarkNet
+from .modes import MODES, Run, start
+from .training_step import TrainingStep
 
-__all__ = ["StepMemory", "measure_memory"]
+__all__ = ["StepMemory", "measure_memory", "tensor_bytes"]
 
 _STEPS = 3
 
@@ -43,36 +45,36 @@ class StepMemory:
     resident: int | None
 
 
-def measure_memory(model: str, dtype: str, contenders: Iterable[str], batch_size: int,
+def measure_memory(net: BenchmarkNet, mode: str, dtype: str, contenders: Iterable[str],
                    threads: int) -> dict[str, StepMemory]:
-    """Memory of a step of each of ``contenders`` (keys).
+    """Memory of a step (``mode`` "train" or "inference") of each of ``contenders`` (keys).
 
     Raises:
         UserError: a process that measures did not come to its end, as when the machine has too little memory.
     """
     contenders = list(contenders)
-    counted = _worker("tensors", model, dtype, contenders, batch_size, threads, RESNET_FUSED_CPU_POOL_MB="0")
-    return {key: StepMemory(*counted[key], _worker("resident", model, dtype, [key], batch_size, threads)[key])
+    counted = _worker("tensors", net, mode, dtype, contenders, threads, RESNET_FUSED_CPU_POOL_MB="0")
+    return {key: StepMemory(*counted[key], _worker("resident", net, mode, dtype, [key], threads)[key])
             for key in contenders}
 
 
-def _worker(measure: str, model: str, dtype: str, contenders: list[str], batch_size: int, threads: int,
+def _worker(measure: str, net: BenchmarkNet, mode: str, dtype: str, contenders: list[str], threads: int,
             **environment: str) -> dict:
-    arguments = [measure, "--model", model, "--dtype", dtype, "--batch-size", str(batch_size), "--threads",
-                 str(threads), "--contenders", *contenders]
-    failure = f"the memory of {model} ({', '.join(contenders)}, {dtype}) could not be measured"
+    arguments = [measure, "--net", str(net), "--mode", mode, "--dtype", dtype, "--threads", str(threads),
+                 "--contenders", *contenders]
+    failure = f"the memory of {net} ({', '.join(contenders)}, {dtype}) could not be measured"
     return json_from_process(__name__, arguments, failure=failure, advice="--no-memory leaves this out",
                              **environment)
 
 
-def _tensor_bytes(step: TrainingStep) -> tuple[int, int]:
+def tensor_bytes(step: Run) -> tuple[int, int]:
     """saved, peak."""
-    def forward_backward() -> None:
-        step.forward().backward()
-
-    forward_backward()  # the gradients stay: they are there from now on, as is what is made at a first call
+    if not isinstance(step, TrainingStep):
+        step()
+        return 0, peak_allocated_bytes(step)
+    step.forward_backward()  # the gradients stay: they are there from now on, as is what a first call makes
     saved = saved_activation_bytes(step.forward, step.model, (step.images, step.labels))
-    return saved, peak_allocated_bytes(forward_backward)
+    return saved, peak_allocated_bytes(step.forward_backward)
 
 
 def _proc_status(field: str) -> int | None:
@@ -84,12 +86,13 @@ def _proc_status(field: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
 
 
-def _resident_growth(step: TrainingStep, small: TrainingStep) -> int | None:
+def _resident_growth(step: Run, small: Run) -> int | None:
     """Growth of the peak resident set over some steps, after steps with two images that load code and make
     the state of the optimizer. The two share a model."""
     for _ in range(2):
         small()
-    small.forward().backward()  # leaves gradients behind, so that they are in the baseline
+    if isinstance(small, TrainingStep):
+        small.forward_backward()  # leaves gradients behind, so that they are in the baseline
     if hasattr(torch.ops.resnet_fused_cpu, "pool_clear"):
         torch.ops.resnet_fused_cpu.pool_clear()
     gc.collect()
@@ -111,21 +114,20 @@ def _resident_growth(step: TrainingStep, small: TrainingStep) -> int | None:
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="step_memory", description=__doc__)
     parser.add_argument("measure", choices=["tensors", "resident"])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--net", type=BenchmarkNet.parse, required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--contenders", nargs="+", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {}
     for key in arguments.contenders:
-        images, labels = synthetic_batch(arguments.batch_size)
-        step = TrainingStep(contender_by_key(key), arguments.model, images, labels, arguments.dtype == "bf16")
+        step = start(arguments.mode, key, arguments.net, arguments.dtype)
         if arguments.measure == "tensors":
-            results[key] = _tensor_bytes(step)
+            results[key] = tensor_bytes(step)
         else:
-            results[key] = _resident_growth(step, step.with_batch(step.images[:2], labels[:2]))
+            results[key] = _resident_growth(step, step.with_batch(step.images[:2], step.labels[:2]))
     print(json.dumps(results))
 
 

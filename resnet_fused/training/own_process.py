@@ -18,7 +18,8 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
 def json_from_process(
-    module: str, arguments: Sequence[str], *, failure: str, advice: str = "", **environment: str
+    module: str, arguments: Sequence[str], *, failure: str, advice: str = "", timeout: float | None = None,
+    **environment: str,
 ) -> Any:
     """Run ``python -m module arguments``; what the last line that it prints says, as JSON.
 
@@ -26,19 +27,24 @@ def json_from_process(
 
     Args:
         failure, advice: of the error: "<failure>: <reason>[; <advice>]".
+        timeout: seconds after which it is stopped.
         environment: variables to set.
 
     Raises:
-        UserError: the process came to no good end, as when the machine has too little memory.
+        UserError: the process came to no good end, as when the machine has too little memory, or was stopped.
     """
     paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError("; ".join(filter(None, [f"{failure}: stopped after {timeout:.0f} s", advice]))) from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise UserError("; ".join(filter(None, [f"{failure}: {reason}", advice])))

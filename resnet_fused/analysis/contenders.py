@@ -1,0 +1,53 @@
+"""The contenders: ways to run the same net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .benchmark_net import BenchmarkNet
+
+__all__ = ["COMPILED", "CONTENDERS", "DTYPES", "Contender", "build_contender", "contender_by_key"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: under autocast, with fp32 parameters
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the same net."""
+
+    key: str
+    title: str
+    fused: bool
+    memory_format: torch.memory_format  # of the images and of the parameters
+    compiled: bool = False
+
+
+CONTENDERS = (
+    Contender("eager_nchw", "eager NCHW", False, torch.contiguous_format),
+    Contender("eager_channels_last", "eager channels_last", False, torch.channels_last),
+    Contender("fused", "fused", True, torch.channels_last),
+)
+COMPILED = (
+    Contender("compiled_nchw", "torch.compile NCHW", False, torch.contiguous_format, compiled=True),
+    Contender("compiled_channels_last", "torch.compile ch. last", False, torch.channels_last, compiled=True),
+)
+
+
+def contender_by_key(key: str) -> Contender:
+    return next(contender for contender in (*CONTENDERS, *COMPILED) if contender.key == key)
+
+
+def build_contender(contender: Contender, net: BenchmarkNet,
+                    state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The net, in train mode, in the memory format of the contender; not compiled yet.
+
+    Args: state: the parameters and buffers to start from (default: those of seed 0, the same for all).
+    """
+    model = net.build(contender.fused)
+    if state is not None:
+        model.load_state_dict(state)
+    return model.to(memory_format=contender.memory_format)
