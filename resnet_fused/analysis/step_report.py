@@ -78,7 +78,8 @@ class Cell:
 
     def memory_ratio(self, row: Row, measure: str) -> float | None:
         """Memory of ``row`` / the smaller of the eager nets'."""
-        others = [getattr(other.memory, measure, None) for other in self.rows if other.key.startswith("eager")]
+        eager = [other for other in self.rows if other.key.startswith("eager")]
+        others = [getattr(other.memory, measure, None) for other in eager]
         own = getattr(row.memory, measure, None)
         return own / min(others) if own is not None and all(others) else None
 
@@ -109,7 +110,8 @@ def table(cell: Cell) -> str:
     if net.verify_batch_size != net.batch_size:
         verified = f" (with a batch of {net.verify_batch_size})"
     lines = [f"{net.name}, {'inference, ' if cell.mode == 'inference' else ''}{cell.dtype}, batch "
-             f"{net.batch_size}, {net.size}x{net.size}, {_counted(cell.threads, 'thread')}, {_counted(cell.rounds, 'round')}",
+             f"{net.batch_size}, {net.size}x{net.size}, {_counted(cell.threads, 'thread')}, "
+             f"{_counted(cell.rounds, 'round')}",
              f"{cell.accuracy}{verified}", header, "-" * len(header)]
     for row in cell.rows:
         if row.timing is None:
