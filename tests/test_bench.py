@@ -311,7 +311,8 @@ class TestCompiled:
 class TestReport:
     def test_the_table_of_the_readme_is_not_too_wide(self):
         def row(key, ms, memory=None):
-            return step_report.Row(key, key, measure.Timing(ms / 1e3, ms / 1e3, ms / 1e3), memory, 1050.123)
+            return step_report.Row(key, key, measure.Timing(ms / 1e3, ms / 1e3, ms / 1e3), memory,
+                                   1050.123 if key.startswith("compiled") else 12.3)
 
         memory = step_memory.StepMemory(2_123_456_789, 2_223_456_789, 2_323_456_789)
         keys = ["eager_nchw", "eager_channels_last", "fused", "compiled_nchw", "compiled_channels_last"]
@@ -323,7 +324,7 @@ class TestReport:
         environment = dict.fromkeys(["cpu", "simd", "torch", "version", "commit", "date"], "x")
         lines = step_report.markdown([cell], environment).splitlines()
         assert lines[2].startswith("| preact_resnet1001/16, bf16 | 2313 NCHW | 2316 NCHW | **2315** |")
-        assert all(len(line) <= 170 for line in lines[:3])
+        assert all(len(line) <= 170 for line in lines[:3]), [len(line) for line in lines[:3]]
 
 
 class TestBareConvolutions:

@@ -120,9 +120,9 @@ class BareConvolutions:
     """Times the convolutions of a net, one by one, by the framework's own library.
 
     Timed are the forward and, for training, the input gradient and the weight gradient (``aten::convolution``
-    and ``aten::convolution_backward``). Each distinct convolution is timed once per round and counts as often as
-    the net has it. For each, the faster memory format is taken, and both gradients in one call where that is
-    faster than two.
+    and ``aten::convolution_backward``). Each distinct convolution is timed once per round and counts as often
+    as the net has it. For each, the faster memory format is taken, and both gradients in one call where that
+    is faster than two.
 
     What favours them, on purpose, so that the overhead of a step is not flattered: inputs, weights and
     gradients are there beforehand in the right dtype and format (under autocast a step has to convert its

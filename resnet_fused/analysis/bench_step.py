@@ -202,7 +202,7 @@ def _measure(net: BenchmarkNet, dtype: str, accuracy: Accuracy, arguments, threa
     steps: dict[str, Run] = {}
     firsts: dict[str, FirstStep] = {}
     failures: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="resnet-fused-compile-") as directory:
+    with tempfile.TemporaryDirectory(prefix="resnet-fused-compile-", ignore_cleanup_errors=True) as directory:
         caches = Path(directory)
         if arguments.first_step:
             firsts = _first_steps(net, dtype, contenders, arguments, threads, caches)

@@ -1,8 +1,8 @@
 """The first step of a contender, in a fresh process: what it takes until a training begins to go on.
 
 In it are what libraries do at their first call, threads that are started, memory that is mapped for the
-first time, and, for a compiled net, the compilation, with empty caches. Importing, building the net, its batch
-and its optimizer are not.
+first time, and, for a compiled net, the compilation, with empty caches. Importing, building the net, its
+batch and its optimizer are not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Memory of a training step or of an inference, by three measures, each in a process of its own.
 
-* saved: bytes of the tensors that autograd holds from forward to backward: the activations proper. None in inference.
+* saved: bytes of the tensors that autograd holds from forward to backward: the activations proper. None in
+  inference.
 * peak: the most bytes that tensors take at any moment of forward and backward, temporaries included.
 * resident: by how much the process grows (resident set) while it trains: what the system really has to give.
 

@@ -78,7 +78,8 @@ class Cell:
 
     def memory_ratio(self, row: Row, measure: str) -> float | None:
         """Memory of ``row`` / the smaller of the eager nets'."""
-        others = [getattr(other.memory, measure, None) for other in self.rows if other.key.startswith("eager")]
+        eager = [other for other in self.rows if other.key.startswith("eager")]
+        others = [getattr(other.memory, measure, None) for other in eager]
         own = getattr(row.memory, measure, None)
         return own / min(others) if own is not None and all(others) else None
 
@@ -109,7 +110,8 @@ def table(cell: Cell) -> str:
     if net.verify_batch_size != net.batch_size:
         verified = f" (with a batch of {net.verify_batch_size})"
     lines = [f"{net.name}, {'inference, ' if cell.mode == 'inference' else ''}{cell.dtype}, batch "
-             f"{net.batch_size}, {net.size}x{net.size}, {_counted(cell.threads, 'thread')}, {_counted(cell.rounds, 'round')}",
+             f"{net.batch_size}, {net.size}x{net.size}, {_counted(cell.threads, 'thread')}, "
+             f"{_counted(cell.rounds, 'round')}",
              f"{cell.accuracy}{verified}", header, "-" * len(header)]
     for row in cell.rows:
         if row.timing is None:
@@ -125,11 +127,11 @@ def table(cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def _short(value: float | None, digits: int = 1) -> str:
-    """With that many decimals below 100, without above 1000."""
+def _short(value: float | None) -> str:
+    """With two significant digits at least, and no more decimals than tell something."""
     if value is None:
         return "-"
-    return f"{value:.{digits if value < 100 else min(digits, 1) if value < 1000 else 0}f}"
+    return f"{value:.{2 if value < 1 else 1 if value < 100 else 0}f}"
 
 
 def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_SIZE) -> str:
@@ -152,13 +154,13 @@ def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_S
 
         label = cell.net.label(batch_size).replace("_cifar", "").removeprefix("timm:")
         values = [f"{label}, {cell.dtype}", ms(eager), *([ms(compiled)] if with_compiled else []),
-                  f"**{ms(fused)}**", f"{cell.speedup(fused):.2f} x", _short(1e3 * cell.row(BARE).timing.p50),
+                  f"**{ms(fused)}**", f"{cell.speedup(fused):.2f}", _short(1e3 * cell.row(BARE).timing.p50),
                   _number(cell.overhead(fused), 2)]
         firsts = [eager, *([compiled] if with_compiled else []), fused]
         values.append(" / ".join(_short(row and row.first_step) for row in firsts))
         for measure in _MEASURES:
             own, ratio = _megabytes(fused, measure), cell.memory_ratio(fused, measure)
-            values.append("-" if not ratio else f"{own / ratio:.0f} → {own:.0f} ({ratio:.2f})")
+            values.append("-" if not ratio else f"{_short(own / ratio)} → {_short(own)} ({ratio:.2f})")
         lines.append("| " + " | ".join(values) + " |")
     commit = f" {environment['commit']}" if environment["commit"] else ""
     bare = "forward and both gradients" if cells[0].mode == "train" else "forward"

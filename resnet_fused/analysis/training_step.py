@@ -17,17 +17,13 @@ __all__ = ["TrainingStep", "sgd"]
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
     """SGD with momentum, the optimizer of every contender: PyTorch's fused one (one kernel for all parameters
-    instead of some calls for each) where it has one for their device and dtype.
+    instead of some calls for each), which it has for every floating dtype on the CPU.
 
     The same batch over and over: a small rate keeps the net, and so the numbers that it computes with,
     ordinary. ``resnet-fused train`` does not take the fused one: its last bits depend on the SIMD level that
     PyTorch runs at (it is equal to the ordinary one under AVX-512, not under AVX2).
     """
-    parameters = list(parameters)
-    try:
-        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
-    except RuntimeError:
-        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
 
 
 class TrainingStep:

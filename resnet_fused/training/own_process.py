@@ -44,7 +44,8 @@ def json_from_process(
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
     except subprocess.TimeoutExpired:
-        raise UserError("; ".join(filter(None, [f"{failure}: stopped after {timeout:.0f} s", advice]))) from None
+        failure = f"{failure}: stopped after {timeout:.0f} s"
+        raise UserError("; ".join(filter(None, [failure, advice]))) from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise UserError("; ".join(filter(None, [f"{failure}: {reason}", advice])))
