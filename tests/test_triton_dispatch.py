@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import resnet_fused as rf
-from resnet_fused import primitives, triton_kernels
+from resnet_fused import extension, primitives, triton_kernels
 from resnet_fused.primitives import dispatch, tuning
 from resnet_fused.primitives.preact_conv_backward_1x1 import has_kernel
 
@@ -108,11 +108,16 @@ def test_a_broken_triton_is_told_once_and_served_by_others(cuda_devices, monkeyp
 
 
 @pytest.mark.skipif(triton_kernels.interpreted(), reason="the interpreter takes CPU tensors")
-def test_cpu_tensors_have_no_combined_kernel():
+def test_combined_kernel_of_cpu_tensors(monkeypatch):
     x, weight = torch.randn(2, 16, 4, 4), torch.randn(8, 16, 1, 1)
+    monkeypatch.delitem(dispatch._implementations["preact_conv_backward_1x1"], "cpu", raising=False)
+    dispatch.forget()
     before = dict(dispatch._selected)
     assert not has_kernel(x, weight, (1, 1), (0, 0), (1, 1), 1)
-    assert dispatch._selected == before  # answered without a look-up
+    assert dispatch._selected == before  # without the C++ library: answered without a look-up
+    monkeypatch.undo()
+    dispatch.forget()
+    assert has_kernel(x, weight, (1, 1), (0, 0), (1, 1), 1) == extension.cpu_available()
 
 
 def test_importing_the_package_does_not_import_triton():

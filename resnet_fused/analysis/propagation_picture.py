@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from ..training.curves import pyplot
+from ..training.lazy import require
 from .propagation_tables import Table
 
 __all__ = ["draw"]
