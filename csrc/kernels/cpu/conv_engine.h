@@ -377,7 +377,12 @@ RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) { return i * 
 // A band's scratch should stay in a core's L2 cache beside the weights.
 constexpr int64_t kBandBytes = 256 * 1024;
 
-// How a pointwise convolution (1x1, stride 1, no padding) is cut up, by its shape alone: runs of pixels, which need not respect
+// 1x1, stride 1, no padding: pixels need not respect image borders.
+RF_INLINE bool is_pointwise(const ConvGeometry& g) {
+  return g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+}
+
+// How a pointwise convolution is cut up, by its shape alone: runs of pixels, which need not respect
 // image borders, and for few of them groups of blocks of output channels, each of which prepares the run anew.
 struct PointwisePlan {
   int64_t pixels, runs, blocks, groups;

@@ -76,7 +76,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const ConvGeometry& g = params.g;
 
   // A pointwise convolution is one long row of pixels.
-  const bool pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  const bool pointwise = is_pointwise(g);
   const int64_t blocks = divide_up(g.k, int64_t(B) * M::kUnitChannels);
   const PointwisePlan runs = plan_pointwise<M>(g.n * g.h * g.w, g.k, divide_up(g.c, kOutBlock<A>));
 

@@ -9,10 +9,6 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 namespace {
 
-bool is_pointwise(const ConvGeometry& g) {
-  return g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
-}
-
 // Bands of output rows of one image.
 struct BandPlan {
   int64_t bands, band_rows, tasks;

@@ -114,7 +114,7 @@ template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
   constexpr int64_t value_bytes = sizeof(T);
   WgradPlan plan = {};
   constexpr int64_t L = kLanes<A>;
-  plan.pointwise = g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  plan.pointwise = is_pointwise(g);
   plan.blocks = divide_up(g.c, L);
   plan.slots = plan.blocks * (winograd ? (winograd + 2) * (winograd + 2) : g.r * g.s);
   if (plan.pointwise) {
