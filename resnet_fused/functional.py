@@ -1,13 +1,25 @@
 """The public functions: fused twins of compositions of ``torch.nn.functional``."""
 
-from .ops import BatchNormArgs, ConvArgs, conv2d_stats, preact, preact_conv2d, residual_add, residual_unit
+from .ops import (
+    BatchNormArgs,
+    ConvArgs,
+    UnitArgs,
+    conv2d_stats,
+    preact,
+    preact_conv2d,
+    residual_add,
+    residual_unit,
+    residual_units,
+)
 
 __all__ = [
     "BatchNormArgs",
     "ConvArgs",
+    "UnitArgs",
     "conv2d_stats",
     "preact",
     "preact_conv2d",
     "residual_add",
     "residual_unit",
+    "residual_units",
 ]

@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -66,6 +68,29 @@ def backend(request):
     """The test runs once under every backend."""
     with backend_in_force(request.param):
         yield request.param
+
+
+#: The module; the package's attribute of that name is the function.
+residual_units_module = importlib.import_module("resnet_fused.ops.residual_units")
+
+
+@pytest.fixture
+def unit_calls(monkeypatch):
+    """(statistics given, statistics asked for) of every fused unit called from now on, which are called one by one."""
+    seen = []
+    monkeypatch.setattr(residual_units_module, "_one_node", lambda *args: None)
+    for module, function in (
+        (residual_units_module, "residual_unit"),
+        (rf.functional, "residual_unit"),
+        (rf.functional, "preact_conv2d"),
+    ):
+
+        def wrapper(*args, original=getattr(module, function), **kwargs):
+            seen.append((kwargs["x_stats"] is not None, kwargs["return_stats"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, wrapper)
+    return seen
 
 
 @pytest.fixture(autouse=True)

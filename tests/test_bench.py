@@ -90,9 +90,9 @@ class TestStep:
 
     @pytest.mark.parametrize("wrong", ["forward", "backward", "nan"])
     def test_wrong_numbers_are_not_timed(self, monkeypatch, capsys, wrong):
-        right = F.residual_unit
+        right = F.residual_units
 
-        def residual_unit(*args, **kwargs):
+        def residual_units(*args, **kwargs):
             result = right(*args, **kwargs)
             y, *stats = result if isinstance(result, tuple) else (result,)
             if wrong == "backward":
@@ -104,7 +104,7 @@ class TestStep:
         def interleave(*args):
             raise AssertionError("timed")
 
-        monkeypatch.setattr(F, "residual_unit", residual_unit)
+        monkeypatch.setattr(F, "residual_units", residual_units)
         monkeypatch.setattr(bench_step, "interleave", interleave)
         assert bench_step.main([*SMALL, "--dtypes", "fp32"]) == 1
         captured = capsys.readouterr()

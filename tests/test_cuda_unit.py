@@ -1,6 +1,7 @@
 """A whole unit by the CUDA library's operators, on the emulator: the same to the bit as by its primitives one by one,
 in few launches, whatever the order of blocks."""
 
+import plain
 import pytest
 import torch
 from cuda_emulation import OnDevice, check_memory, library
@@ -9,7 +10,7 @@ from test_whole_unit import check_same, results
 
 import resnet_fused as rf
 from resnet_fused import cuda_kernels
-from resnet_fused.functional import BatchNormArgs
+from resnet_fused.functional import BatchNormArgs, UnitArgs
 from resnet_fused.ops import running_stats
 from resnet_fused.primitives import dispatch
 
@@ -115,6 +116,32 @@ def test_too_many_tiles_for_one_launch(cuda):
     check_same(arguments)
     # One more where statistics leave a convolution, and for the 3x3's sums; the 1x1s' are of few programs.
     assert launches_of(cuda, lambda: results(arguments))[0] == by_tree + 3 + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_in_one_node(cuda, dtype):
+    """The same to the bit as one by one, where BatchNorm's backward takes the place of what it reads, too."""
+    x, row = torch.randn(2, 32, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last), []
+    for _ in range(3):
+        _, norms, convs, _ = unit("bottleneck", c=32, mid=8, dtype=dtype)
+        row.append(UnitArgs(norms, convs))
+    x.requires_grad_()
+    leaves = [t for t in plain.tensors((x, [u[:2] for u in row])) if t.requires_grad]
+
+    def run(units):
+        out, stats = units(row)
+        return [out, stats, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    def one_by_one(units):
+        out, stats = x, None
+        for u in units:
+            out, stats = rf.functional.residual_unit(out, *u[:2], x_stats=stats, return_stats=True)
+        return out, stats
+
+    whole = run(lambda units: rf.functional.residual_units(x, units, return_stats=True))
+    assert whole[0].grad_fn is not None and whole[0].grad_fn.name() == "_ResidualUnitsBackward"
+    for a, b in zip(whole, run(one_by_one), strict=True):
+        assert torch.equal(a, b)
 
 
 class TestLaunches:

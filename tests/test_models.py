@@ -156,17 +156,10 @@ def test_autocast_trains():
     assert all(parameter.grad.dtype == torch.float32 for parameter in fused.parameters())
 
 
-def test_statistics_travel_through_the_whole_net(monkeypatch):
-    given = []
-
-    def residual_unit(*args, original=rf.functional.residual_unit, **kwargs):
-        given.append((kwargs["x_stats"] is not None, kwargs["return_stats"]))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(rf.functional, "residual_unit", residual_unit)
+def test_statistics_travel_through_the_whole_net(unit_calls):
     fused, _ = pair(14)
     fused(torch.randn(2, 3, 16, 16))
-    assert given == [(True, True)] * 6  # from the first convolution to the last norm
+    assert unit_calls == [(True, True)] * 6  # from the first convolution to the last norm
 
 
 def test_options_reach_the_units():

@@ -300,16 +300,9 @@ def test_plain_net_fuses_across_its_units():
     assert (found.convs_fused, found.convs_found) == (6, 6)
 
 
-def test_units_of_wide_nets_run_whole(monkeypatch):
-    given = []
-
-    def residual_unit(*args, original=rf.functional.residual_unit, **kwargs):
-        given.append((kwargs["x_stats"] is not None, kwargs["return_stats"]))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(rf.functional, "residual_unit", residual_unit)
+def test_units_of_wide_nets_run_whole(unit_calls):
     wide()(images())
-    assert given == [(True, True)] * 3
+    assert unit_calls == [(True, True)] * 3
 
 
 def test_dense_blocks_share_statistics():

@@ -309,21 +309,8 @@ def test_handing_on_statistics_changes_nothing_that_matters():
         torch.testing.assert_close(value, results_apart[key], rtol=1e-4, atol=1e-5)
 
 
-def calls(monkeypatch) -> list[tuple[bool, bool]]:
-    """(statistics given, statistics asked for) of every fused operator that a unit calls from now on."""
-    seen = []
-    for function in ("residual_unit", "preact_conv2d"):
-
-        def wrapper(*args, original=getattr(rf.functional, function), **kwargs):
-            seen.append((kwargs["x_stats"] is not None, kwargs["return_stats"]))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(rf.functional, function, wrapper)
-    return seen
-
-
-def test_statistics_travel_where_they_are_used(monkeypatch):
-    seen = calls(monkeypatch)
+def test_statistics_travel_where_they_are_used(unit_calls):
+    seen = unit_calls
     one, _ = stages()
     x = batch(one)
     one(x)
@@ -341,8 +328,8 @@ def test_statistics_travel_where_they_are_used(monkeypatch):
     assert seen == [(False, False), (False, True), (True, False), (False, False)]
 
 
-def test_any_module_may_be_in_a_stage(monkeypatch):
-    seen = calls(monkeypatch)
+def test_any_module_may_be_in_a_stage(unit_calls):
+    seen = unit_calls
     one, other = stages()
     one.insert(2, nn.AvgPool2d(2))
     other.insert(2, nn.AvgPool2d(2))

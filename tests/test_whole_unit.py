@@ -62,7 +62,7 @@ def check_same(arguments, **options):
 @pytest.mark.parametrize("case", UNITS)
 def test_same_as_by_primitives(calls, case, training, dtype):
     check_same(unit(**UNITS[case], training=training, dtype=dtype), slope=0.1)
-    assert calls == [] if case == "groups" else calls == ["residual_unit_forward", "residual_unit_backward"]
+    assert calls == [] if case == "groups" else calls == ["residual_units_forward", "residual_units_backward"]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -105,7 +105,7 @@ def test_no_raw_outputs_without_gradients(calls):
     arguments = unit("bottleneck", c=8, mid=8)
     with torch.no_grad():
         check_same(arguments)
-    assert calls == ["residual_unit_forward"]
+    assert calls == ["residual_units_forward"]
 
 
 def test_when_it_runs(calls):
@@ -118,7 +118,7 @@ def test_when_it_runs(calls):
             fused(*arguments)
     assert calls == []
     fused(*arguments)
-    assert calls == ["residual_unit_forward"]
+    assert calls == ["residual_units_forward"]
     with rf.use_backend("reference"):  # a kept choice does not outlive the backend
         fused(*arguments)
     assert len(calls) == 1
@@ -138,14 +138,14 @@ def test_one_primitive_elsewhere_is_enough(calls, monkeypatch):
     with rf.use_backend("cpu"):  # nothing is kept from before
         monkeypatch.setattr(whole_unit.dispatch, "choose", moved)
         fused(*unit("basic")).sum().backward()
-    assert calls == ["residual_unit_forward"]
+    assert calls == ["residual_units_forward"]
 
 
 def test_a_biased_gradient_without_the_weights_takes_primitives(calls):
     arguments = unit("basic", bias=True)
     arguments[2][1].weight.requires_grad_(False)
     check_same(arguments)
-    assert calls == ["residual_unit_forward"]
+    assert calls == ["residual_units_forward"]
 
 
 def test_errors_are_those_of_the_checks():

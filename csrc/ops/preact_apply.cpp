@@ -4,12 +4,16 @@
 namespace resnet_fused {
 
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                    const std::optional<Tensor>& dskip) {
+                    const std::optional<Tensor>& dskip, bool into_dz) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
   const Tensor rows = check_acc(coefficients, "coefficients", 4, input.c, input.dtype);
-  const Tensor dx = empty_activation(input.n, input.c, input.h, input.w, input.dtype);
+  // Where channels do not fill the kernel's vectors, the last of a row goes through some of them twice.
+  constexpr int64_t kLanes = 16;
+  const Tensor dx = into_dz && input.c % kLanes == 0
+                        ? dz
+                        : empty_activation(input.n, input.c, input.h, input.w, input.dtype);
   if (input.numel() == 0) return dx;
   const PreactApplyParams params{input.pixels(),        input.c,
                                  gradient.data,         input.data,
@@ -19,10 +23,15 @@ Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficient
   return dx;
 }
 
+static Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                              const std::optional<Tensor>& dskip) {
+  return preact_apply(dz, x, coefficients, dskip, false);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("preact_apply(Tensor dz, Tensor x, Tensor coefficients, Tensor? dskip) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("preact_apply", TORCH_BOX(&preact_apply)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) { m.impl("preact_apply", TORCH_BOX(&preact_apply_op)); }
 
 }  // namespace resnet_fused

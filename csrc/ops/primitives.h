@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
                                                                     const std::optional<Tensor>& dz_in,
                                                                     double slope, bool want_bias);
 
+// into_dz: the result may take dz's memory.
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                    const std::optional<Tensor>& dskip);
+                    const std::optional<Tensor>& dskip, bool into_dz);
 
 }  // namespace resnet_fused

@@ -1,5 +1,5 @@
-// A whole residual unit, forward and backward, by the CPU primitives: one call from Python.
-#include "residual_unit.h"
+// Whole residual units, forward and backward, by the CPU primitives: one call from Python.
+#include "residual_units.h"
 
 #include "convolution.h"
 #include "primitives.h"
@@ -9,8 +9,8 @@ namespace {
 
 class CpuUnit {
  public:
-  CpuUnit(const Unit& unit, const Tensor& x, std::vector<bool> combined = {})
-      : unit_(unit), combined_(std::move(combined)), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
+  CpuUnit(const Unit& unit, const Tensor& x, const BoolList& combined)
+      : unit_(unit), combined_(combined), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
 
   Tensor acc_nothing() const { return empty_vector(0, acc_); }
   Tensor nothing_like(const Tensor& tensor) const {
@@ -69,57 +69,25 @@ class CpuUnit {
 
   Tensor preact_apply(const Tensor& dz, const Tensor& h, const Tensor& coefficients,
                       const std::optional<Tensor>& dskip) const {
-    return resnet_fused::preact_apply(dz, h, coefficients, dskip);
+    return resnet_fused::preact_apply(dz, h, coefficients, dskip, true);
   }
 
  private:
   const Unit& unit_;
-  std::vector<bool> combined_;  // of each convolution: both gradients by preact_conv_backward_1x1
+  const BoolList& combined_;  // of each convolution: both gradients by preact_conv_backward_1x1
   DType acc_;
 };
-
-UnitForward forward(const Tensor& x, const std::optional<Tensor>& x_stats, const OptionalTensorList& bn_weights,
-                    const OptionalTensorList& bn_biases, const OptionalTensorList& running_means,
-                    const OptionalTensorList& running_vars, const TensorList& weights,
-                    const OptionalTensorList& biases, const std::optional<Tensor>& shortcut_weight,
-                    const std::optional<Tensor>& shortcut_bias, const std::vector<bool>& training,
-                    const std::vector<double>& eps, double slope, const IntList& strides,
-                    const IntList& paddings, const IntList& dilations, const IntList& groups,
-                    const IntList& shortcut_stride, bool want_stats, bool want_raw) {
-  const Unit unit = make_unit(bn_weights, bn_biases, running_means, running_vars, weights, biases,
-                              shortcut_weight, shortcut_bias, training, eps, slope, strides, paddings,
-                              dilations, groups, shortcut_stride);
-  CpuUnit backend(unit, x);
-  return residual_unit_forward(backend, unit, x, x_stats, want_stats, want_raw);
-}
-
-// The BatchNorms' parameters and eps are not needed: bns hold what is.
-UnitBackward backward(const Tensor& dout, const Tensor& x, const TensorList& raw, const TensorList& bns,
-                      const TensorList& weights, const std::optional<Tensor>& shortcut_weight,
-                      const std::vector<bool>& training, double slope, const IntList& strides,
-                      const IntList& paddings, const IntList& dilations, const IntList& groups,
-                      const IntList& shortcut_stride, const std::vector<bool>& output_mask,
-                      const std::vector<bool>& combined) {
-  const OptionalTensorList none(weights.size());
-  const Unit unit = make_unit(none, none, none, none, weights, none, shortcut_weight, std::nullopt, training,
-                              std::vector<double>(weights.size()), slope, strides, paddings, dilations,
-                              groups, shortcut_stride);
-  RF_CHECK(combined.size() == unit.convolutions.size(), "expected combined of ", unit.convolutions.size(),
-           " values, but got ", combined.size());
-  CpuUnit backend(unit, x, combined);
-  return residual_unit_backward(backend, unit, dout, x, raw, bns, UnitMask(output_mask, unit.size()));
-}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
-  m.def(RF_UNIT_FORWARD_SCHEMA);
-  m.def(RF_UNIT_BACKWARD_SCHEMA);
+  m.def(RF_UNITS_FORWARD_SCHEMA);
+  m.def(RF_UNITS_BACKWARD_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
-  m.impl("residual_unit_forward", TORCH_BOX(&forward));
-  m.impl("residual_unit_backward", TORCH_BOX(&backward));
+  m.impl("residual_units_forward", TORCH_BOX(&residual_units_forward<CpuUnit>));
+  m.impl("residual_units_backward", TORCH_BOX(&residual_units_backward<CpuUnit>));
 }
 
 }  // namespace resnet_fused

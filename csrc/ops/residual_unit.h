@@ -1,6 +1,6 @@
 // A whole residual unit out of primitives, forward and backward: the sequence, once for every backend. It is that
 // of resnet_fused/ops/residual_unit.py and residual_unit_backward.py, which runs where primitives of one unit go to
-// different backends; results are the same to the bit.
+// different backends; results are the same to the bit. residual_units.h has the operators.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,22 +11,6 @@
 #include <vector>
 
 #include "errors.h"
-
-// The operators of every backend. The forward's arguments are those of resnet_fused::residual_unit; x, dout and raw
-// are dense channels_last, and so are out and dx. combined: of each convolution and of the shortcut, whether
-// preact_conv_backward_1x1 makes both of its gradients, where both are needed.
-#define RF_UNIT_FORWARD_SCHEMA                                                                              \
-  "residual_unit_forward(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases,"             \
-  " Tensor?[] running_means, Tensor?[] running_vars, Tensor[] weights, Tensor?[] biases,"                   \
-  " Tensor? shortcut_weight, Tensor? shortcut_bias, bool[] training, float[] eps, float negative_slope,"    \
-  " int[] strides, int[] paddings, int[] dilations, int[] groups, int[2] shortcut_stride, bool want_stats," \
-  " bool want_raw) -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
-#define RF_UNIT_BACKWARD_SCHEMA                                                                             \
-  "residual_unit_backward(Tensor dout, Tensor x, Tensor[] raw, Tensor[] bns, Tensor[] weights,"             \
-  " Tensor? shortcut_weight, bool[] training, float negative_slope, int[] strides, int[] paddings,"         \
-  " int[] dilations, int[] groups, int[2] shortcut_stride, bool[] output_mask, bool[] combined)"            \
-  " -> (Tensor dx, Tensor[] sums, Tensor[] dweights, Tensor[] dbiases, Tensor dshortcut_weight,"            \
-  " Tensor dshortcut_bias)"
 
 namespace resnet_fused {
 
@@ -59,35 +43,7 @@ struct Unit {
 using TensorList = std::vector<Tensor>;
 using OptionalTensorList = std::vector<std::optional<Tensor>>;
 using IntList = std::vector<int64_t>;
-
-inline Unit make_unit(const OptionalTensorList& bn_weights, const OptionalTensorList& bn_biases,
-                      const OptionalTensorList& running_means, const OptionalTensorList& running_vars,
-                      const TensorList& weights, const OptionalTensorList& biases,
-                      const std::optional<Tensor>& shortcut_weight,
-                      const std::optional<Tensor>& shortcut_bias, const std::vector<bool>& training,
-                      const std::vector<double>& eps, double slope, const IntList& strides,
-                      const IntList& paddings, const IntList& dilations, const IntList& groups,
-                      const IntList& shortcut_stride) {
-  const size_t n = weights.size();
-  for (const size_t length : {bn_weights.size(), bn_biases.size(), running_means.size(), running_vars.size(),
-                              biases.size(), training.size(), eps.size(), groups.size()})
-    RF_CHECK(n > 0 && length == n, "expected ", n, " of everything that a convolution has, but got ", length);
-  for (const size_t length : {strides.size(), paddings.size(), dilations.size()})
-    RF_CHECK(length == 2 * n, "expected ", n, " pairs, but got ", length, " integers");
-  Unit unit{{}, {}, shortcut_weight.has_value(), slope};
-  const auto pair = [](const IntList& list, size_t i) { return IntList{list[2 * i], list[2 * i + 1]}; };
-  unit.norms.reserve(n);
-  unit.convolutions.reserve(n + 1);
-  for (size_t i = 0; i < n; ++i) {
-    unit.norms.push_back(
-        {bn_weights[i], bn_biases[i], running_means[i], running_vars[i], training[i], eps[i]});
-    unit.convolutions.push_back(
-        {weights[i], biases[i], pair(strides, i), pair(paddings, i), pair(dilations, i), groups[i]});
-  }
-  if (shortcut_weight)
-    unit.convolutions.push_back({*shortcut_weight, shortcut_bias, shortcut_stride, {0, 0}, {1, 1}, 1});
-  return unit;
-}
+using BoolList = std::vector<bool>;
 
 // Values per channel, N*H*W.
 inline int64_t values_per_channel(const Tensor& x) {
@@ -166,7 +122,7 @@ using UnitBackward = std::tuple<Tensor, TensorList, TensorList, TensorList, Tens
 // output_mask: x; the BatchNorms, weights and biases in order; the shortcut's weight and bias.
 class UnitMask {
  public:
-  UnitMask(const std::vector<bool>& mask, size_t n) : mask_(mask), n_(n) {
+  UnitMask(const BoolList& mask, size_t n) : mask_(mask), n_(n) {
     RF_CHECK(mask.size() == 3 * n + 3, "expected output_mask of ", 3 * n + 3, " values, but got ",
              mask.size());
   }
@@ -183,7 +139,7 @@ class UnitMask {
   }
 
  private:
-  const std::vector<bool>& mask_;
+  const BoolList& mask_;
   size_t n_;
 };
 
@@ -200,21 +156,21 @@ struct UnitGradients {
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
 //   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`;
 //   preact_apply(dz, h, coefficients, dskip); finish_backward().
+// dout: none if nothing is needed.
 template <typename Backend>
-UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const Tensor& dout, const Tensor& x,
-                                    const TensorList& raw, const TensorList& bns, const UnitMask& mask) {
+UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const std::optional<Tensor>& dout,
+                                    const Tensor& x, const TensorList& raw, const TensorList& bns,
+                                    const UnitMask& mask) {
   const size_t n = unit.size();
-  RF_CHECK(raw.size() == n - 1 && bns.size() == n, "expected ", n - 1, " raw outputs and ", n,
-           " bns, but got ", raw.size(), " and ", bns.size());
-  backend.begin_backward(mask);
+  if (dout) backend.begin_backward(mask);
   const auto needs = [&](size_t i, bool below) { return UnitNeeds{below, mask.weight(i), mask.bias(i)}; };
   OptionalTensorList sums(n), dweights(n), dbiases(n);
   std::optional<Tensor> dshortcut_weight, dshortcut_bias, dz_shortcut, dy = dout;
   for (size_t i = n; i-- > 0;) {
     const Tensor& h = i == 0 ? x : raw[i - 1];
     const bool below = mask.below(i);
-    if (i == 0 && unit.projects) {
-      UnitGradients g = backend.gradients(unit.shortcut(), dout, x, bns[0], std::nullopt,
+    if (i == 0 && unit.projects && dout) {
+      UnitGradients g = backend.gradients(unit.shortcut(), *dout, x, bns[0], std::nullopt,
                                           needs(unit.shortcut(), below), false);
       dz_shortcut = std::move(g.dz);
       dshortcut_weight = std::move(g.dweight), dshortcut_bias = std::move(g.dbias);

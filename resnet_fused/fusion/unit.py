@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
+from ..nn.units import has_global_hooks
 from .adapters import AdapterPlan, adapter_of
 from .guards import Untraceable
 from .plan import Plan
@@ -78,15 +78,6 @@ class UnitState:
         return plan
 
 
-def _has_global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
 def _captured() -> bool:
     """Whether PyTorch is looking at the forward itself: it gets the one that the user wrote."""
     return (
@@ -98,7 +89,7 @@ def _captured() -> bool:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if _captured() or _has_global_hooks():
+    if _captured() or has_global_hooks():
         return self._plain_forward(*args, **kwargs)
     state = self.__dict__.get(_STATE)
     if state is None:  # made by the class itself, as by slicing a Sequential

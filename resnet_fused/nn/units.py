@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
@@ -40,6 +41,16 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether anything has been registered that runs when any module is called."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
@@ -151,19 +162,40 @@ def run_in_turn(
         The output, and its statistics: None if not asked for, or if the last module does not return any.
     """
     modules = list(modules)
-    for module, following in zip(modules, [*modules[1:], None]):
+    for last, step in _steps(modules):
+        following = modules[last] if last < len(modules) else None
         wanted = (
             return_stats
             if following is None
             else isinstance(following, StatsModule) and following.wants_stats()
         )
-        if not isinstance(module, StatsModule) or has_hooks(module):
-            x, x_stats = module(x), None
+        if isinstance(step, list):
+            out = F.residual_units(x, step, x_stats=x_stats, return_stats=wanted)
+            x, x_stats = out if wanted else (out, None)
+        elif not isinstance(step, StatsModule) or has_hooks(step):
+            x, x_stats = step(x), None
         elif wanted:
-            x, x_stats = module(x, x_stats, return_stats=True)
+            x, x_stats = step(x, x_stats, return_stats=True)
         else:
-            x, x_stats = module(x, x_stats), None
+            x, x_stats = step(x, x_stats), None
     return x, x_stats
+
+
+def _steps(modules: list[nn.Module]) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
+    """What to call in turn, modules and rows of fused units, each with the index of the module that follows it."""
+    hooked = has_global_hooks()
+    steps: list[tuple[int, nn.Module | list[F.UnitArgs]]] = []
+    for index, module in enumerate(modules, start=1):
+        args = None
+        if isinstance(module, _ResidualUnit) and not hooked and module.runs_as_written():
+            args = module.unit_args()
+        if args is None:
+            steps.append((index, module))
+        elif steps and isinstance(steps[-1][1], list):
+            steps[-1] = (index, [*steps[-1][1], args])
+        else:
+            steps.append((index, [args]))
+    return steps
 
 
 def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -241,19 +273,40 @@ class _ResidualUnit(StatsModule):
     def first_norm(self) -> nn.Module:
         return self.bn1
 
-    def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
+    def runs_as_written(self) -> bool:
+        """Whether calling the unit is nothing but ``forward`` below: no hooks, no other forward."""
+        return (
+            not has_hooks(self)
+            and type(self).forward is _ResidualUnit.forward
+            and "forward" not in self.__dict__
+        )
+
+    def unit_args(self) -> F.UnitArgs | None:
+        """What the operator is given; None if it does not compute what the children do. A norm without momentum counts
+        the batch here."""
         children = self._modules
         norms = [children[name] for name in self._norms]
         convs = [children[name] for name in self._convs]
         shortcut = self.shortcut
         if not is_projection(shortcut) or not all([is_fusable(child) for child in (*norms, *convs)]):
+            return None
+        return F.UnitArgs(
+            [batch_norm_args(bn, count=False) for bn in norms],
+            [conv_args(conv) for conv in convs],
+            None if shortcut is None else conv_args(shortcut),
+            self.negative_slope,
+        )
+
+    def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
+        args = self.unit_args()
+        if args is None:
             return self._plain(x, return_stats)
         return F.residual_unit(
             x,
-            [batch_norm_args(bn, count=False) for bn in norms],
-            [conv_args(conv) for conv in convs],
-            shortcut=None if shortcut is None else conv_args(shortcut),
-            negative_slope=self.negative_slope,
+            args.norms,
+            args.convs,
+            shortcut=args.shortcut,
+            negative_slope=args.negative_slope,
             x_stats=x_stats,
             return_stats=return_stats,
         )

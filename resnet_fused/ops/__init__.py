@@ -7,13 +7,16 @@ from .preact import preact
 from .preact_conv2d import preact_conv2d
 from .residual_add import residual_add
 from .residual_unit import residual_unit
+from .residual_units import UnitArgs, residual_units
 
 __all__ = [
     "BatchNormArgs",
     "ConvArgs",
+    "UnitArgs",
     "conv2d_stats",
     "preact",
     "preact_conv2d",
     "residual_add",
     "residual_unit",
+    "residual_units",
 ]

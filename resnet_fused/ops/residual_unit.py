@@ -68,6 +68,12 @@ class _Arguments(NamedTuple):
     want_stats: bool
     want_raw: bool  # backward needs the raw outputs; without it they are freed as the unit goes on
 
+    def shapes(self) -> whole_unit.UnitShapes:
+        return whole_unit.UnitShapes(
+            self.weights, [self.shortcut_weight], self.strides, self.paddings, self.dilations, self.groups,
+            self.shortcut_stride, [len(self.weights)],
+        )  # fmt: skip
+
     def is_channels_last(self) -> bool:
         return convolution_is_channels_last(self.x, *self.weights, self.shortcut_weight)
 
@@ -111,13 +117,21 @@ def _check(a: _Arguments) -> tuple[UnitGeometry, list[tuple]]:
     return geometry, shapes
 
 
+def check_unit(*args) -> tuple[int, ...]:
+    """Checks the operator's arguments up to shortcut_stride; returns the output's shape."""
+    return _check(_Arguments(*args, False, False))[1][-1]
+
+
 def _forward(*args):
     a = _Arguments(*args)
-    operator = whole_unit.forward_operator(a, lambda: _check(a))
+    operator = whole_unit.forward_operator(a.x, a.shapes(), lambda: _check(a))
     if operator is None:
         return _forward_by_primitives(a)
     try:
-        out, *rest = operator(channels_last(a.x), *args[1:])
+        out, *rest = operator(
+            channels_last(a.x), *args[1:8], [a.shortcut_weight], [a.shortcut_bias], *args[10:18],
+            [len(a.weights)], a.want_stats, a.want_raw,
+        )  # fmt: skip
     except RuntimeError:
         _check(a)  # raises what PyTorch raises
         raise
@@ -238,15 +252,16 @@ class _ResidualUnit(Function):
         )  # fmt: skip
         gradients = [None, None, None, None, dx if need_x else None]
         for row, needed, of in ((1, need_gammas, bn_weights), (0, need_betas, bn_biases)):
-            gradients += [_as(s[row], t) if m else None for s, t, m in zip(sums, of, needed)]
+            gradients += [as_dtype(s[row], t) if m else None for s, t, m in zip(sums, of, needed)]
         gradients += [d if m else None for d, m in zip(dweights, needs[2 * n : 3 * n])]
-        gradients += [_as(d, t) if m else None for d, t, m in zip(dbiases, biases, needs[3 * n : 4 * n])]
+        gradients += [as_dtype(d, t) if m else None for d, t, m in zip(dbiases, biases, needs[3 * n : 4 * n])]
         gradients.append(dshortcut_weight if needs[4 * n] else None)
         gradients.append(dshortcut_bias.to(ctx.shortcut_bias_dtype) if needs[4 * n + 1] else None)
         return tuple(gradients)
 
 
-def _as(gradient: Tensor, of: Tensor) -> Tensor:
+def as_dtype(gradient: Tensor, of: Tensor) -> Tensor:
+    """A parameter's gradient in the parameter's dtype."""
     return gradient if gradient.dtype is of.dtype else gradient.to(of.dtype)
 
 
@@ -305,7 +320,7 @@ def _geometry(
 _geometries: dict[tuple, tuple] = {}
 
 
-def _known_geometry(convs: Sequence[ConvArgs], shortcut: ConvArgs | None) -> tuple:
+def known_geometry(convs: Sequence[ConvArgs], shortcut: ConvArgs | None) -> tuple:
     """:func:`_geometry`, remembered for arguments that are what nn.Conv2d has: tuples and integers."""
     if torch.compiler.is_compiling():
         return _geometry(convs, shortcut)
@@ -352,7 +367,7 @@ def residual_unit(
     Raises:
         ValueError, RuntimeError: as nn.BatchNorm2d, nn.Conv2d and the addition do for the same arguments.
     """
-    strides, paddings, dilations, groups, shortcut_stride = _known_geometry(convs, shortcut)
+    strides, paddings, dilations, groups, shortcut_stride = known_geometry(convs, shortcut)
     columns = zip(*norms, strict=True) if norms else ((),) * len(BatchNormArgs._fields)
     bn_weights, bn_biases, running_means, running_vars, training, _, eps, _ = columns
     out, out_stats, _, stats, _ = call(

@@ -79,34 +79,26 @@ class _Arguments(NamedTuple):
         return unit_geometry(self.strides, self.paddings, self.dilations, self.groups, self.shortcut_stride)
 
 
-class _Mask:
-    """output_mask by name: x; the BatchNorms, weights and biases in order; the shortcut's weight and bias."""
-
-    def __init__(self, mask: Sequence[bool], n: int):
-        self.x = mask[0]
-        self.bns, self.weights, self.biases = split(mask[1:], n, 3)
-        self.shortcut_weight, self.shortcut_bias = mask[3 * n + 1 :]
-
-    def below(self, i: int) -> bool:
-        """Whether anything that convolution i's input depends on needs a gradient."""
-        return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
-
-
 def _backward(*args):
     a = _Arguments(*args)
-    mask = _Mask(a.output_mask, len(a.weights))
-    operator, combined = whole_unit.backward_operator(a, mask)
+    mask = whole_unit.UnitMask(a.output_mask, len(a.weights))
+    shapes = whole_unit.UnitShapes(
+        a.weights, [a.shortcut_weight], a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride,
+        [len(a.weights)],
+    )  # fmt: skip
+    operator, combined = whole_unit.backward_operator(a.x, shapes, a.output_mask)
     if operator is None:
         return _backward_by_primitives(a, mask)
-    dx, *rest = operator(
-        channels_last(a.dout), channels_last(a.x), a.raw, a.bns, a.weights, a.shortcut_weight, a.training,
-        a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, a.output_mask,
-        combined,
+    dx, *rest, (dshortcut_weight,), (dshortcut_bias,) = operator(
+        channels_last(a.dout), channels_last(a.x), a.raw, a.bns, a.weights, [a.shortcut_weight], a.training,
+        a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
+        a.output_mask, combined,
     )  # fmt: skip
-    return (canonical(dx, suggests_channels_last(a.x)) if mask.x else dx), *rest
+    dx = canonical(dx, suggests_channels_last(a.x)) if mask.x else dx
+    return dx, *rest, dshortcut_weight, dshortcut_bias
 
 
-def _backward_by_primitives(a: _Arguments, mask: _Mask):
+def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):
     n = len(a.weights)
     if a.x.shape[0] == 0:
         outputs = _empty_outputs(a, mask)
@@ -150,7 +142,7 @@ def _backward_by_primitives(a: _Arguments, mask: _Mask):
     return dx, sums, dweights, dbiases, dshortcut_weight, dshortcut_bias
 
 
-def _empty_outputs(a: _Arguments, mask: _Mask):
+def _empty_outputs(a: _Arguments, mask: whole_unit.UnitMask):
     """Uninitialised outputs, of the sizes and strides that the operator gives."""
     x, weights = a.x, a.weights
 
@@ -178,7 +170,7 @@ def _empty_outputs(a: _Arguments, mask: _Mask):
 
 def _backward_fake(*args):
     a = _Arguments(*args)
-    return _empty_outputs(a, _Mask(a.output_mask, len(a.weights)))
+    return _empty_outputs(a, whole_unit.UnitMask(a.output_mask, len(a.weights)))
 
 
 RESIDUAL_UNIT_BACKWARD = define(
@@ -211,7 +203,7 @@ class _ResidualUnitBackward(Function):
         dout, x, *saved = ctx.saved_tensors
         bns, parameters = saved[:n], saved[n:]
         a = _Arguments(dout, x, [], bns, *split(parameters, n, 4), parameters[-1], *ctx.options)
-        geometry, mask = a.geometry(), _Mask(a.output_mask, n)
+        geometry, mask = a.geometry(), whole_unit.UnitMask(a.output_mask, n)
         dsums, ddweights, ddbiases = split(seconds, n, 3)
 
         def wanted(values, needed):

@@ -1,58 +1,91 @@
-"""A whole residual unit by one C++ operator (csrc/ops/residual_unit.h), forward or backward, where one C++ backend
-would run every primitive of it. Python's own sequence costs as much time as the kernels of a small unit.
+"""Whole residual units by one C++ operator (csrc/ops/residual_units.h), forward or backward, where one C++ backend
+would run every primitive of them. Python's own sequence costs as much time as the kernels of a small unit.
 
 What it gives is what the sequence in residual_unit.py and residual_unit_backward.py gives, to the bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from resnet_fused import cuda_kernels
 from resnet_fused.primitives import dispatch
 from resnet_fused.primitives.layout import acc_dtype, convolution_output_shape
 
-def _key(direction: str, a) -> tuple:
-    """All that a choice of backends can depend on."""
-    x, shortcut = a.x, a.shortcut_weight
-    return (
-        direction, x.dtype, x.device, x.shape, *[w.shape for w in a.weights],
-        None if shortcut is None else shortcut.shape, *a.strides, *a.paddings, *a.dilations, *a.groups,
-        *a.shortcut_stride,
-    )  # fmt: skip
+
+class UnitShapes(NamedTuple):
+    """What a choice of backends depends on, beside x: the operators' lists, over all units."""
+
+    weights: Sequence[Tensor]
+    shortcut_weights: Sequence[Tensor | None]  # one for each unit
+    strides: Sequence[int]  # pairs, flattened
+    paddings: Sequence[int]
+    dilations: Sequence[int]
+    groups: Sequence[int]
+    shortcut_strides: Sequence[int]
+    lengths: Sequence[int]  # convolutions in each unit
+
+    def key(self, direction: str, x: Tensor) -> tuple:
+        return (
+            direction, x.dtype, x.device, x.shape, *[w.shape for w in self.weights],
+            *[None if w is None else w.shape for w in self.shortcut_weights], *self.strides, *self.paddings,
+            *self.dilations, *self.groups, *self.shortcut_strides, *self.lengths,
+        )  # fmt: skip
 
 
 class _Choices:
-    """What dispatch says of the primitives of one unit."""
+    """What dispatch says of the primitives of units."""
 
-    def __init__(self, a):
-        self._device, self._dtype = a.x.device.type, a.x.dtype
+    def __init__(self, x: Tensor, units: UnitShapes):
+        self._device, self._dtype = x.device.type, x.dtype
         self.backends: set[str] = set()
-        self.convolutions = []
-        shape = tuple(a.x.shape)
-        pairs = [
-            [tuple(values[2 * i : 2 * i + 2]) for values in (a.strides, a.paddings, a.dilations)]
-            for i in range(len(a.weights))
-        ]
-        shapes = [shape]
-        for weight, geometry, groups in zip(a.weights, pairs, a.groups, strict=True):
-            self.convolutions.append(dispatch.ConvGeometry(shapes[-1], tuple(weight.shape), *geometry, groups))
-            shapes.append(convolution_output_shape(shapes[-1], weight, *geometry))
-        if a.shortcut_weight is not None:
-            size = tuple(a.shortcut_weight.shape)
-            stride = tuple(a.shortcut_stride)
-            self.convolutions.append(dispatch.ConvGeometry(shape, size, stride, (0, 0), (1, 1), 1))
+        self.convolutions: list[dispatch.ConvGeometry] = []
+        self.shortcuts: list[dispatch.ConvGeometry | None] = []
+        shape, at = tuple(x.shape), 0
+        for u, length in enumerate(units.lengths):
+            first = shape
+            for i in range(at, at + length):
+                pairs = [
+                    tuple(values[2 * i : 2 * i + 2])
+                    for values in (units.strides, units.paddings, units.dilations)
+                ]
+                weight = units.weights[i]
+                self.convolutions.append(
+                    dispatch.ConvGeometry(shape, tuple(weight.shape), *pairs, units.groups[i])
+                )
+                shape = convolution_output_shape(shape, weight, *pairs)
+            at += length
+            weight, stride = units.shortcut_weights[u], tuple(units.shortcut_strides[2 * u : 2 * u + 2])
+            self.shortcuts.append(
+                None
+                if weight is None
+                else dispatch.ConvGeometry(first, tuple(weight.shape), stride, (0, 0), (1, 1), 1)
+            )
 
     def small(self, *primitives: str) -> None:
         for primitive in primitives:
             dtype = acc_dtype(self._dtype) if primitive.startswith("finalize") else self._dtype
             self.backends.add(dispatch.choose(primitive, self._device, dtype).backend)
 
-    def convolution(self, primitive: str, geometry) -> None:
+    def forward(self, geometry) -> None:
+        self._convolution("preact_conv_forward", geometry)
+
+    def backward(self, geometry, below: bool, weight: bool) -> bool:
+        """Of a convolution whose gradients are needed: whether one kernel of ours makes both."""
+        if below and weight and self._combined(geometry):
+            return True
+        if below:
+            self._convolution("preact_conv_dgrad", geometry)
+        if weight:
+            self._convolution("preact_conv_wgrad", geometry)
+        return False
+
+    def _convolution(self, primitive: str, geometry) -> None:
         self.backends.add(dispatch.choose(primitive, self._device, self._dtype, geometry).backend)
 
-    def combined(self, geometry) -> bool:
-        """Whether one kernel of ours makes both gradients."""
+    def _combined(self, geometry) -> bool:
         primitive = "preact_conv_backward_1x1"
         if geometry.weight[-1] != 1 or not dispatch.has_own(primitive, self._device):
             return False
@@ -69,66 +102,106 @@ class _Choices:
         return dispatch.own_operator(next(iter(self.backends)), name)
 
 
-def _allowed(operator: Callable | None, x: torch.Tensor) -> bool:
+def _allowed(operator: Callable | None, x: Tensor) -> bool:
     # The user can forbid TF32 at any time; a choice of backend is kept.
     return operator is not None and not (
         x.is_cuda and x.dtype is torch.float32 and not cuda_kernels.tf32_allowed()
     )
 
 
-def forward_operator(a, check: Callable[[], object]) -> Callable | None:
-    """The operator for the arguments of residual_unit, or None: Python's sequence is to run.
+def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) -> Callable | None:
+    """The operator for units that x goes through, or None: Python's sequence is to run.
 
     Args:
         check: raises where the arguments do not fit; called where the answer is not known yet.
     """
     if dispatch.is_recorded():
         return None
-    key = _key("residual_unit_forward", a)
+    key = units.key("residual_units_forward", x)
     known = dispatch.kept(key)
     if known is None:
         check()
         operator = None
-        if a.x.shape[0] != 0:
-            choices = _Choices(a)
+        if x.shape[0] != 0:
+            choices = _Choices(x, units)
             choices.small("channel_stats", "finalize_forward")
-            for geometry in choices.convolutions:
-                choices.convolution("preact_conv_forward", geometry)
-            operator = choices.operator("residual_unit_forward")
+            for geometry in (*choices.convolutions, *choices.shortcuts):
+                if geometry is not None:
+                    choices.forward(geometry)
+            operator = choices.operator("residual_units_forward")
         known = dispatch.keep(key, (operator,))
     (operator,) = known
-    return operator if _allowed(operator, a.x) else None
+    return operator if _allowed(operator, x) else None
 
 
-def backward_operator(a, mask) -> tuple[Callable | None, list[bool]]:
-    """The operator for the arguments of residual_unit_backward or None, and its argument ``combined``."""
+class UnitsMask:
+    """output_mask by name: x; the BatchNorms, weights and biases in order; the shortcuts' weights; their biases."""
+
+    def __init__(self, mask: Sequence[bool], lengths: Sequence[int]):
+        n, count = sum(lengths), len(lengths)
+        self._lengths = lengths
+        self.x = mask[0]
+        self.bns, self.weights, self.biases = (mask[1 + i * n : 1 + (i + 1) * n] for i in range(3))
+        self.shortcut_weights, self.shortcut_biases = mask[3 * n + 1 : -count], mask[-count:]
+
+    def unit(self, u: int) -> list[bool]:
+        """The mask of one unit by itself: its x needs a gradient if anything does that it depends on."""
+        start = sum(self._lengths[:u])
+        own = slice(start, start + self._lengths[u])
+        lists = (self.bns, self.weights, self.biases)
+        shortcuts = (self.shortcut_weights, self.shortcut_biases)
+        below = self.x or any(any(m[:start]) for m in lists) or any(any(m[:u]) for m in shortcuts)
+        return [below, *(needed for m in lists for needed in m[own]), *(m[u] for m in shortcuts)]
+
+
+class UnitMask(UnitsMask):
+    """:class:`UnitsMask` of one unit."""
+
+    def __init__(self, mask: Sequence[bool], n: int):
+        super().__init__(mask, (n,))
+        self.shortcut_weight, self.shortcut_bias = mask[3 * n + 1 :]
+
+    def below(self, i: int) -> bool:
+        """Whether anything that convolution i's input depends on needs a gradient."""
+        return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
+
+
+def backward_operator(
+    x: Tensor, units: UnitShapes, output_mask: Sequence[bool]
+) -> tuple[Callable | None, list[bool]]:
+    """The operator for the backward of units that x went through or None, and its argument ``combined``."""
     if dispatch.is_recorded():
         return None, []
-    key = (*_key("residual_unit_backward", a), *a.output_mask)
+    key = (*units.key("residual_units_backward", x), *output_mask)
     known = dispatch.kept(key)
     if known is None:
-        n, operator, combined = len(a.weights), None, []
-        weights, biases = [*mask.weights, mask.shortcut_weight], [*mask.biases, mask.shortcut_bias]
-        # A bias' gradient without the weight's is no primitive.
-        if a.x.shape[0] != 0 and all(w or not b for w, b in zip(weights, biases, strict=True)):
-            choices = _Choices(a)
-            choices.small("finalize_backward", "preact_apply")
-            for i, geometry in enumerate(choices.convolutions):
-                below = mask.below(i % n)  # the shortcut reads what the first convolution reads
-                both = below and weights[i] and choices.combined(geometry)
-                combined.append(both)
-                if below and not both:
-                    choices.convolution("preact_conv_dgrad", geometry)
-                if weights[i] and not both:
-                    choices.convolution("preact_conv_wgrad", geometry)
-            operator = choices.operator("residual_unit_backward")
-        known = dispatch.keep(key, (operator, combined))
+        known = dispatch.keep(key, _choose_backward(x, units, UnitsMask(output_mask, units.lengths)))
     operator, combined = known
-    return (operator if _allowed(operator, a.x) else None), combined
+    return (operator if _allowed(operator, x) else None), combined
+
+
+def _choose_backward(x: Tensor, units: UnitShapes, mask: UnitsMask) -> tuple[Callable | None, list[bool]]:
+    weights, biases = (*mask.weights, *mask.shortcut_weights), (*mask.biases, *mask.shortcut_biases)
+    # A bias' gradient without the weight's is no primitive.
+    if x.shape[0] == 0 or any(b and not w for w, b in zip(weights, biases, strict=True)):
+        return None, []
+    choices = _Choices(x, units)
+    choices.small("finalize_backward", "preact_apply")
+    combined, of_shortcuts, at = [], [], 0
+    for u, n in enumerate(units.lengths):
+        own = UnitMask(mask.unit(u), n)
+        for i, geometry in enumerate(choices.convolutions[at : at + n]):
+            combined.append(choices.backward(geometry, own.below(i), own.weights[i]))
+        shortcut = choices.shortcuts[u]  # reads what the first convolution reads
+        of_shortcuts.append(
+            shortcut is not None and choices.backward(shortcut, own.below(0), own.shortcut_weight)
+        )
+        at += n
+    return choices.operator("residual_units_backward"), combined + of_shortcuts
 
 
 def kept_operators() -> tuple[int, int]:
-    """How many kinds of units, forward and backward apart, run by one operator, and how many kinds there have been
-    since the backend was last chosen."""
-    kept = dispatch.all_kept("residual_unit_")
+    """How many kinds of units or rows of units, forward and backward apart, run by one operator, and how many kinds
+    there have been since the backend was last chosen."""
+    kept = dispatch.all_kept("residual_units_")
     return sum(value[0] is not None for value in kept), len(kept)

@@ -32,7 +32,7 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     return op
 
 
-def _is_ordinary(x: torch.Tensor) -> bool:
+def is_ordinary(x: torch.Tensor) -> bool:
     """Whether the dispatcher has nothing to do for an operator on x but to pass from autograd to kernel."""
     return type(x) in (torch.Tensor, torch.nn.Parameter) and not (
         x.is_meta or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
@@ -46,7 +46,7 @@ def _is_ordinary(x: torch.Tensor) -> bool:
 def call(op: torch._ops.OpOverload, *args):
     """op(*args), for the differentiable operators."""
     x = args[0]
-    if torch.compiler.is_compiling() or not _is_ordinary(x):
+    if torch.compiler.is_compiling() or not is_ordinary(x):
         return op(*args)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
@@ -57,7 +57,7 @@ def call(op: torch._ops.OpOverload, *args):
 def call_without_autocast(op: torch._ops.OpOverload, device_type: str, *args):
     """op(*args) with autocast leaving alone the operator and all that it calls."""
     with without_autocast(device_type):
-        if torch.compiler.is_compiling() or not _is_ordinary(args[0]):
+        if torch.compiler.is_compiling() or not is_ordinary(args[0]):
             return op(*args)
         return _autograd_kernels[op](*args)
 
@@ -65,7 +65,7 @@ def call_without_autocast(op: torch._ops.OpOverload, device_type: str, *args):
 def below_autograd(op: torch._ops.OpOverload, *args):
     """op(*args) without a derivative."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _kernels.get(op, op)(*args) if _is_ordinary(args[0]) else op(*args)
+        return _kernels.get(op, op)(*args) if is_ordinary(args[0]) else op(*args)
 
 
 def call_in_backward(op: torch._ops.OpOverload, *args):

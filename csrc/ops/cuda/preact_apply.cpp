@@ -5,18 +5,19 @@ namespace resnet_fused {
 namespace cuda {
 
 Tensor preact_apply_of(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                       const std::optional<Tensor>& dskip, const std::vector<WeightMerge>& merges) {
+                       const std::optional<Tensor>& dskip, const std::vector<WeightMerge>& merges,
+                       bool into_dz) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
   const Target target(x);
   const Tensor rows = check_matrix(coefficients, "coefficients", 4, input.c);
-  const Tensor dx = empty_activation(input.n, input.c, input.h, input.w, input.dtype, x);
+  const Tensor dx = into_dz ? dz : empty_activation(input.n, input.c, input.h, input.w, input.dtype, x);
   if (input.numel() == 0) return dx;
   const PreactApplyParams params{input.pixels(),       input.c,          gradient.data(),
                                  input.data(),         float_data(rows), optional_data(dskip),
                                  dx.mutable_data_ptr()};
-  with_type(input.dtype, [&](auto type) { 
+  with_type(input.dtype, [&](auto type) {
     check(preact_apply_and_merge<decltype(type)>(params, merges.data(), static_cast<int>(merges.size()),
                                                  target.stream()));
   });
@@ -27,7 +28,7 @@ namespace {
 
 Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                        const std::optional<Tensor>& dskip) {
-  return preact_apply_of(dz, x, coefficients, dskip, {});
+  return preact_apply_of(dz, x, coefficients, dskip, {}, false);
 }
 
 }  // namespace

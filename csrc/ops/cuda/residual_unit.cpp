@@ -1,6 +1,6 @@
 // A whole residual unit, forward and backward, in few launches: what comes before the first convolution is one
 // launch, finalize steps are done by the convolutions' last blocks, weight gradients are merged beside preact_apply.
-#include "../residual_unit.h"
+#include "../residual_units.h"
 
 #include "primitives.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 class CudaUnit {
  public:
-  CudaUnit(const Unit& unit, const Tensor& x, const std::vector<bool>& combined)
+  CudaUnit(const Unit& unit, const Tensor& x, const BoolList& combined)
       : unit_(unit), x_(check_activation(x, "input")), target_(x), combined_(combined) {
     // The activation that each convolution reads, and its geometry.
     Activation input = x_;
@@ -135,7 +135,7 @@ class CudaUnit {
 
   Tensor preact_apply(const Tensor& dz, const Tensor& h, const Tensor& coefficients,
                       const std::optional<Tensor>& dskip) {
-    Tensor dx = preact_apply_of(dz, h, coefficients, dskip, merges_);
+    Tensor dx = preact_apply_of(dz, h, coefficients, dskip, merges_, true);
     merges_.clear(), partials_.clear();
     return dx;
   }
@@ -186,7 +186,7 @@ class CudaUnit {
   const Unit& unit_;
   const Activation x_;
   const Target target_;
-  const std::vector<bool>& combined_;
+  const BoolList& combined_;
   std::vector<ConvGeometry> geometry_;
   OptionalTensorList packed_;
   std::optional<Tensor> counters_;
@@ -195,46 +195,16 @@ class CudaUnit {
   TensorList partials_;
 };
 
-UnitForward forward(const Tensor& x, const std::optional<Tensor>& x_stats, const OptionalTensorList& bn_weights,
-                    const OptionalTensorList& bn_biases, const OptionalTensorList& running_means,
-                    const OptionalTensorList& running_vars, const TensorList& weights,
-                    const OptionalTensorList& biases, const std::optional<Tensor>& shortcut_weight,
-                    const std::optional<Tensor>& shortcut_bias, const std::vector<bool>& training,
-                    const std::vector<double>& eps, double slope, const IntList& strides,
-                    const IntList& paddings, const IntList& dilations, const IntList& groups,
-                    const IntList& shortcut_stride, bool want_stats, bool want_raw) {
-  const Unit unit = make_unit(bn_weights, bn_biases, running_means, running_vars, weights, biases,
-                              shortcut_weight, shortcut_bias, training, eps, slope, strides, paddings,
-                              dilations, groups, shortcut_stride);
-  const std::vector<bool> none;
-  CudaUnit backend(unit, x, none);
-  return residual_unit_forward(backend, unit, x, x_stats, want_stats, want_raw);
-}
-
-UnitBackward backward(const Tensor& dout, const Tensor& x, const TensorList& raw, const TensorList& bns,
-                      const TensorList& weights, const std::optional<Tensor>& shortcut_weight,
-                      const std::vector<bool>& training, double slope, const IntList& strides,
-                      const IntList& paddings, const IntList& dilations, const IntList& groups,
-                      const IntList& shortcut_stride, const std::vector<bool>& output_mask,
-                      const std::vector<bool>& combined) {
-  const OptionalTensorList none(weights.size());
-  const Unit unit = make_unit(none, none, none, none, weights, none, shortcut_weight, std::nullopt, training,
-                              std::vector<double>(weights.size()), slope, strides, paddings, dilations,
-                              groups, shortcut_stride);
-  CudaUnit backend(unit, x, combined);
-  return residual_unit_backward(backend, unit, dout, x, raw, bns, UnitMask(output_mask, unit.size()));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(RF_LIBRARY, m) {
-  m.def(RF_UNIT_FORWARD_SCHEMA);
-  m.def(RF_UNIT_BACKWARD_SCHEMA);
+  m.def(RF_UNITS_FORWARD_SCHEMA);
+  m.def(RF_UNITS_BACKWARD_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RF_LIBRARY, RF_KEY, m) {
-  m.impl("residual_unit_forward", TORCH_BOX(&forward));
-  m.impl("residual_unit_backward", TORCH_BOX(&backward));
+  m.impl("residual_units_forward", TORCH_BOX(&residual_units_forward<CudaUnit>));
+  m.impl("residual_units_backward", TORCH_BOX(&residual_units_backward<CudaUnit>));
 }
 
 }  // namespace cuda
