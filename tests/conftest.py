@@ -76,7 +76,7 @@ residual_units_module = importlib.import_module("resnet_fused.ops.residual_units
 
 @pytest.fixture
 def unit_calls(monkeypatch):
-    """(statistics given, statistics asked for) of every fused unit called from now on, which are called one by one."""
+    """(statistics given, statistics asked for) of every fused unit from now on, which are called one by one."""
     seen = []
     monkeypatch.setattr(residual_units_module, "_one_node", lambda *args: None)
     for module, function in (

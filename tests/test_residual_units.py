@@ -1,4 +1,4 @@
-"""functional.residual_units: units in one autograd node, the same to the bit as one by one, and when that is done."""
+"""functional.residual_units: units in one autograd node: the same to the bit as one by one, and when."""
 
 import copy
 import gc
@@ -38,7 +38,7 @@ def nodes(monkeypatch):
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """A context-free switch: calling it makes residual_units call its units one by one, or no longer."""
+    """A switch: called with True, residual_units calls its units one by one; with False, as it does."""
     original = residual_units_module._one_node
 
     def switch(on: bool) -> None:
@@ -50,7 +50,10 @@ def one_by_one(monkeypatch):
 def bottleneck(c=16, mid=8, training=True, dtype=torch.float32, **options):
     widths = (c, mid, mid)
     return UnitArgs(
-        [norm(w, training, dtype=dtype, **options)._replace(num_batches_tracked=torch.tensor(3)) for w in widths],
+        [
+            norm(w, training, dtype=dtype, **options)._replace(num_batches_tracked=torch.tensor(3))
+            for w in widths
+        ],
         [conv(c, mid, dtype=dtype), conv(mid, mid, 3, dtype=dtype), conv(mid, c, dtype=dtype)],
     )
 
@@ -89,8 +92,12 @@ def results(x, units, x_stats=None, autocast=None):
     found = [out, stats]
     if out.requires_grad:
         generator = torch.Generator().manual_seed(3)
-        found += gradients(out, (x, [u[:3] for u in units]), torch.randn(out.shape, generator=generator).to(out))
-    return found + [t for u in units for n in u.norms for t in (*n[2:4], n.num_batches_tracked) if t is not None]
+        found += gradients(
+            out, (x, [u[:3] for u in units]), torch.randn(out.shape, generator=generator).to(out)
+        )
+    return found + [
+        t for u in units for n in u.norms for t in (*n[2:4], n.num_batches_tracked) if t is not None
+    ]
 
 
 def check_same(one_by_one, *args, **options):
@@ -133,7 +140,9 @@ class TestSameAsOneByOne:
         check_same(one_by_one, x, units, autocast=torch.bfloat16)
         check_same(one_by_one, x.detach().bfloat16(), units, autocast=torch.bfloat16)
 
-    @pytest.mark.parametrize("level", range(len(rf.extension.cpu_levels()) if rf.extension.cpu_available() else 0))
+    @pytest.mark.parametrize(
+        "level", range(len(rf.extension.cpu_levels()) if rf.extension.cpu_available() else 0)
+    )
     def test_simd_levels(self, one_by_one, level):
         torch.ops.resnet_fused_cpu.set_simd_level(level)
         try:
@@ -142,7 +151,9 @@ class TestSameAsOneByOne:
         finally:
             torch.ops.resnet_fused_cpu.set_simd_level(-1)
 
-    @pytest.mark.parametrize("needed", ["x", "first", "middle", "last", "bias of a norm", "nothing below the last"])
+    @pytest.mark.parametrize(
+        "needed", ["x", "first", "middle", "last", "bias of a norm", "nothing below the last"]
+    )
     def test_which_gradients_are_needed(self, one_by_one, needed):
         units, x = [bottleneck() for _ in range(3)], batch()
         leaves = {
@@ -194,7 +205,9 @@ class TestRows:
         row = [basic(8), basic(8), basic(8, 16, 2), basic(16), basic(16)]
         out, stats = residual_units(batch(8), row, return_stats=True)
         assert nodes == [2, 0, 2] and out.shape == (2, 16, 3, 3)
-        torch.testing.assert_close(stats, torch.ops.resnet_fused.channel_stats(out.detach()), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            stats, torch.ops.resnet_fused.channel_stats(out.detach()), rtol=1e-5, atol=1e-4
+        )
 
     def test_left_one_by_one(self, nodes):
         def left(x, units, grad=True):
@@ -284,7 +297,9 @@ class TestAutograd:
         weights = [u.convs[0].weight for u in units]
 
         def function(x, *weights):
-            row = [u._replace(convs=[u.convs[0]._replace(weight=w), u.convs[1]]) for u, w in zip(units, weights)]
+            row = [
+                u._replace(convs=[u.convs[0]._replace(weight=w), u.convs[1]]) for u, w in zip(units, weights, strict=True)
+            ]
             return residual_units(x, row)
 
         assert torch.autograd.gradcheck(function, (x, *weights))

@@ -1,6 +1,6 @@
-// A whole residual unit out of primitives, forward and backward: the sequence, once for every backend. It is that
-// of resnet_fused/ops/residual_unit.py and residual_unit_backward.py, which runs where primitives of one unit go to
-// different backends; results are the same to the bit. residual_units.h has the operators.
+// A whole residual unit out of primitives, forward and backward: the sequence, once for every backend. It is
+// that of resnet_fused/ops/residual_unit.py and residual_unit_backward.py, which runs where primitives of one
+// unit go to different backends; results are the same to the bit. residual_units.h has the operators.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -72,7 +72,8 @@ inline void check_norm(const UnitNorm& norm, const Tensor& x, int64_t channels, 
 using UnitForward = std::tuple<Tensor, Tensor, TensorList, TensorList, TensorList>;
 
 // Backend: acc_nothing() gives an empty tensor of the acc dtype; channel_stats(x);
-//   begin_forward(stats of x or none, count) -> bn of the first BatchNorm and, if it likes, of others that use
+//   begin_forward(stats of x or none, count) -> bn of the first BatchNorm and, if it likes, of others that
+//   use
 //     running statistics;
 //   finalize_forward(i, stats or none, count) -> bn of BatchNorm i;
 //   convolution(i, h, bn, residual, want_stats, next) -> (y, stats, bn of BatchNorm i + 1 if `next`).

@@ -1,5 +1,6 @@
-// Residual units that run one after another, by one operator: what it costs to get from Python to the kernels, and
-// autograd's bookkeeping, is then paid once for all of them. The operators are those of every backend.
+// Residual units that run one after another, by one operator: what it costs to get from Python to the
+// kernels, and autograd's bookkeeping, is then paid once for all of them. The operators are those of every
+// backend.
 #pragma once
 
 #include <algorithm>
@@ -7,13 +8,16 @@
 
 #include "residual_unit.h"
 
-// Everything of convolutions and BatchNorms is listed over all units: lengths says how many there are in each, the
-// shortcuts' lists have an entry per unit. x, dout and raw are dense channels_last, and so are out and dx.
+// Everything of convolutions and BatchNorms is listed over all units: lengths says how many there are in
+// each, the shortcuts' lists have an entry per unit. x, dout and raw are dense channels_last, and so are out
+// and dx.
 //
-// raw: what every convolution but the last gave, the units' sums included. stats: of what each BatchNorm reads, of
+// raw: what every convolution but the last gave, the units' sums included. stats: of what each BatchNorm
+// reads, of
 //   size 0 where it came as an argument or is not needed.
 // output_mask: x; the BatchNorms, weights and biases in order; the shortcuts' weights; the shortcuts' biases.
-// combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its gradients,
+// combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
+// gradients,
 //   where both are needed.
 #define RF_UNITS_FORWARD_SCHEMA                                                                             \
   "residual_units_forward(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases,"            \

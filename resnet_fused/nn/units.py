@@ -182,7 +182,7 @@ def run_in_turn(
 
 
 def _steps(modules: list[nn.Module]) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
-    """What to call in turn, modules and rows of fused units, each with the index of the module that follows it."""
+    """What to call in turn, modules and rows of fused units, each with the index of the module behind it."""
     hooked = has_global_hooks()
     steps: list[tuple[int, nn.Module | list[F.UnitArgs]]] = []
     for index, module in enumerate(modules, start=1):
@@ -282,8 +282,8 @@ class _ResidualUnit(StatsModule):
         )
 
     def unit_args(self) -> F.UnitArgs | None:
-        """What the operator is given; None if it does not compute what the children do. A norm without momentum counts
-        the batch here."""
+        """What the operator is given; None if it does not compute what the children do. A norm without
+        momentum counts the batch here."""
         children = self._modules
         norms = [children[name] for name in self._norms]
         convs = [children[name] for name in self._convs]

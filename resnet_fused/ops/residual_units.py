@@ -1,9 +1,9 @@
-"""residual_units: residual units that run one after another, as one autograd node where one C++ backend runs them.
+"""residual_units: residual units in turn, as one autograd node where one C++ backend runs them.
 
-In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its kernels.
-Here they do it once for up to 16 units with identity shortcuts. What comes out is what the units give by themselves, to
-the bit; wherever something has to see the units one by one (torch.compile, functorch, a dispatch that is recorded, a
-backend that runs only some of the primitives), they are called one by one.
+In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its
+kernels. Here they do it once for up to 16 units with identity shortcuts. What comes out is what the units
+give by themselves, to the bit; wherever something has to see the units one by one (torch.compile, functorch,
+a dispatch that is recorded, a backend that runs only some of the primitives), they are called one by one.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,10 @@ from .arguments import BatchNormArgs, ConvArgs
 from .residual_unit import as_dtype, check_unit, known_geometry, residual_unit
 from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, count_of, split
 
-#: Units in one node at most. A node's saved tensors are freed, and its gradients handed to DistributedDataParallel, only
-#: when all of it is done. For the same reason a projecting unit has a node of its own: its input is larger than what
-#: is saved for the units behind it, and peak memory would be reached there.
+#: Units in one node at most. A node's saved tensors are freed, and its gradients handed to
+#: DistributedDataParallel, only when all of it is done. For the same reason a projecting unit has a node of
+#: its own: its input is larger than what is saved for the units behind it, and peak memory would be reached
+#: there.
 MOST = 16
 
 
@@ -58,8 +59,8 @@ def residual_units(
         What the last unit returns: out, or (out, its statistics).
 
     Raises:
-        ValueError, RuntimeError: as residual_unit does. Units before the one that raises may have updated their running
-            statistics.
+        ValueError, RuntimeError: as residual_unit does. Units before the one that raises may have updated
+            their running statistics.
     """
     units = list(units)
     if not units:
@@ -149,7 +150,6 @@ class _Lists(NamedTuple):
     def parameters(self) -> list[Tensor | None]:
         return [*self.bn_weights, *self.bn_biases, *self.weights, *self.biases]
 
-
     def with_parameters(self, parameters: Sequence[Tensor | None]) -> "_Lists":
         """These, with other values for what parameters() returns, and without the running statistics."""
         nothing = [None] * len(self.weights)
@@ -165,7 +165,7 @@ class _Lists(NamedTuple):
         return slice(start, start + self.lengths[u])
 
     def geometry(self, u: int) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-        """strides, paddings, dilations, groups and shortcut_stride of a unit, as residual_unit's schema has them."""
+        """strides, paddings, dilations, groups, shortcut_stride of a unit, as in residual_unit's schema."""
         at = self.span(u)
         pairs = slice(2 * at.start, 2 * at.stop)
         return (
@@ -203,7 +203,12 @@ def _one_node(
     units: Sequence[UnitArgs], x: Tensor, x_stats: Tensor | None, return_stats: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """:func:`_one_by_one` by one operator, or None where they have to be called so."""
-    if len(units) == 1 or torch.compiler.is_compiling() or not is_ordinary(x) or forward_ad._current_level >= 0:
+    if (
+        len(units) == 1
+        or torch.compiler.is_compiling()
+        or not is_ordinary(x)
+        or forward_ad._current_level >= 0
+    ):
         return None
     slope = units[0].negative_slope
     if x.dim() != 4 or any(
@@ -264,8 +269,8 @@ def _update_running_stats(
 
 
 class _ResidualUnits(Function):
-    """Lists come flattened: autograd sees only tensors that are arguments. As in residual_unit, only out is given
-    through autograd."""
+    """Lists come flattened: autograd sees only tensors that are arguments. As in residual_unit, only out is
+    given through autograd."""
 
     @staticmethod
     def forward(ctx, run, lists, others, x, *parameters):
@@ -294,7 +299,9 @@ class _ResidualUnits(Function):
         rows = [(None, None) if s is None or s.numel() == 0 else s.unbind(0) for s in sums]
         found = [dx, *[dgamma for _, dgamma in rows], *[dbeta for dbeta, _ in rows], *dweights, *dbiases]
         of = [x, *parameters]
-        gradients = [as_dtype(g, t) if needed else None for g, t, needed in zip(found, of, needs, strict=True)]
+        gradients = [
+            as_dtype(g, t) if needed else None for g, t, needed in zip(found, of, needs, strict=True)
+        ]
         return None, None, None, *gradients
 
 
@@ -311,8 +318,8 @@ def _backward(
     operator, combined = whole_unit.backward_operator(x, lists.shapes(), output_mask)
     if operator is not None:
         dx, *rest = operator(
-            channels_last(dout), channels_last(x), raw, bns, lists.weights, lists.shortcut_weights, lists.training,
-            lists.negative_slope, *lists[11:], output_mask, combined,
+            channels_last(dout), channels_last(x), raw, bns, lists.weights, lists.shortcut_weights,
+            lists.training, lists.negative_slope, *lists[11:], output_mask, combined,
         )  # fmt: skip
         return canonical(dx, True) if output_mask[0] else dx, *rest[:3]
     # The backend has been changed since, or is to run the primitives one by one.
@@ -330,7 +337,9 @@ def _backward(
     return dout, sums, dweights, dbiases
 
 
-def _differentiable_gradients(lists: _Lists, dout: Tensor, x: Tensor, parameters: list, needs: list[bool]) -> list:
+def _differentiable_gradients(
+    lists: _Lists, dout: Tensor, x: Tensor, parameters: list, needs: list[bool]
+) -> list:
     """The gradients with a derivative of their own: through the units one by one, run again from x."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: a parameter that two units share has a gradient from each.

@@ -1,5 +1,6 @@
-"""Whole residual units by one C++ operator (csrc/ops/residual_units.h), forward or backward, where one C++ backend
-would run every primitive of them. Python's own sequence costs as much time as the kernels of a small unit.
+"""Whole residual units by one C++ operator (csrc/ops/residual_units.h), forward or backward, where one C++
+backend would run every primitive of them. Python's own sequence costs as much time as the kernels of a small
+unit.
 
 What it gives is what the sequence in residual_unit.py and residual_unit_backward.py gives, to the bit.
 """
@@ -135,7 +136,7 @@ def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) 
 
 
 class UnitsMask:
-    """output_mask by name: x; the BatchNorms, weights and biases in order; the shortcuts' weights; their biases."""
+    """output_mask by name: x; the BatchNorms, weights, biases in order; the shortcuts' weights; their biases."""
 
     def __init__(self, mask: Sequence[bool], lengths: Sequence[int]):
         n, count = sum(lengths), len(lengths)
@@ -201,7 +202,7 @@ def _choose_backward(x: Tensor, units: UnitShapes, mask: UnitsMask) -> tuple[Cal
 
 
 def kept_operators() -> tuple[int, int]:
-    """How many kinds of units or rows of units, forward and backward apart, run by one operator, and how many kinds
-    there have been since the backend was last chosen."""
+    """How many kinds of units or rows of units, forward and backward apart, run by one operator, and how many
+    kinds there have been since the backend was last chosen."""
     kept = dispatch.all_kept("residual_units_")
     return sum(value[0] is not None for value in kept), len(kept)
