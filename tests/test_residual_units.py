@@ -298,7 +298,8 @@ class TestAutograd:
 
         def function(x, *weights):
             row = [
-                u._replace(convs=[u.convs[0]._replace(weight=w), u.convs[1]]) for u, w in zip(units, weights, strict=True)
+                u._replace(convs=[u.convs[0]._replace(weight=w), u.convs[1]])
+                for u, w in zip(units, weights, strict=True)
             ]
             return residual_units(x, row)
 
@@ -438,3 +439,13 @@ class TestStage:
         for a, b in zip(stage.buffers(), other.buffers(), strict=True):
             assert torch.equal(a, b)
         assert unit.bn1.num_batches_tracked.item() == 2
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_traced(self, nodes):
+        """torch.jit.trace records primitives: it does not take the operators' lists of optional tensors."""
+        stage, x = self.stage().eval(), batch(8).detach()
+        with torch.no_grad():
+            traced = torch.jit.trace(stage, x)
+            assert nodes[0] == 0
+            other = batch(8).detach()
+            assert torch.equal(traced(other), stage(other))

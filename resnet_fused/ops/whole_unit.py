@@ -116,7 +116,7 @@ def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) 
     Args:
         check: raises where the arguments do not fit; called where the answer is not known yet.
     """
-    if dispatch.is_recorded():
+    if dispatch.is_recorded() or torch.jit.is_tracing():  # which does not take lists of optional tensors
         return None
     key = units.key("residual_units_forward", x)
     known = dispatch.kept(key)
@@ -171,7 +171,7 @@ def backward_operator(
     x: Tensor, units: UnitShapes, output_mask: Sequence[bool]
 ) -> tuple[Callable | None, list[bool]]:
     """The operator for the backward of units that x went through or None, and its argument ``combined``."""
-    if dispatch.is_recorded():
+    if dispatch.is_recorded() or torch.jit.is_tracing():
         return None, []
     key = (*units.key("residual_units_backward", x), *output_mask)
     known = dispatch.kept(key)
