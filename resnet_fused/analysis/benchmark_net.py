@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import fusion
-from ..fusion.unit import is_fused
+from ..fusion.classes import is_fused
 from ..models import create_model
 from ..training.errors import UserError
 from .bare_convolutions import Convolution, collect_convolutions

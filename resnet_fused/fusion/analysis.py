@@ -17,11 +17,12 @@ from torch.fx import Node
 from ..nn.units import StatsModule, has_hooks
 from . import leaves
 from .adapters import AdapterPlan, adapter_of
+from .classes import original_class
 from .guards import Untraceable
 from .match import AddOp, ConvOp, UnitOp
 from .plan import Plan
 from .trace import default_signature, trace
-from .unit import make_plan, original_class
+from .unit import make_plan
 
 __all__ = ["Analysis", "NormStatus", "analyze"]
 

@@ -14,8 +14,8 @@ from torch import nn
 from ..ops.arguments import resolve_padding
 from ..primitives import dispatch
 from .analysis import Analysis, analyze
+from .classes import is_fused, original_class
 from .fuse import unfuse
-from .unit import is_fused, original_class
 
 __all__ = ["Explanation", "explain"]
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from .analysis import analyze
-from .unit import convert, is_fused, restore, state_of
+from .classes import is_fused
+from .rows import exchange_sequentials, restore_sequentials
+from .unit import convert, restore, state_of
 
 __all__ = ["fuse", "unfuse"]
 
@@ -27,7 +29,8 @@ def fuse(
     BatchNorm -> (Leaky)ReLU -> Conv2d is found in the dataflow of the modules' own ``forward``, whatever the
     attributes are called, and so are residual additions and projections of the pre-activation. Modules,
     parameters, buffers, names, hooks, training flags and references of an optimizer stay what they are; a
-    unit's class becomes a subclass of itself. What cannot be shown to be equal is left alone
+    unit's class becomes a subclass of itself, and so does that of an ``nn.Sequential`` in which units follow
+    one another, which then share autograd nodes. What cannot be shown to be equal is left alone
     (:func:`explain` says why). A unit reads its parameters and settings when it is called; where its layers
     have been changed (hooks, other classes, other attributes) it is looked at anew. Under torch.compile,
     torch.export, torch.jit.trace, torch.func and forward-mode AD the original forward runs.
@@ -53,12 +56,14 @@ def fuse(
     if strict and refused:
         lines = [f"  {norm.name}: {norm.reason}" for norm in refused]
         raise RuntimeError("\n".join([f"fuse(strict=True): {len(refused)} norms were left alone", *lines]))
+    restore_sequentials(model)
     for module in model.modules():
         if is_fused(module) and module not in found.units:
             restore(module)
     for module in found.units:
         convert(module)
         state_of(module).hand_on = module in found.hand_on
+    exchange_sequentials(model)
     if memory_format is not None:
         strides = model.__dict__.setdefault(_STRIDES, {})
         before = {name: value.stride() for name, value in _tensors(model) if value.dim() == 4}
@@ -75,6 +80,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Returns:
         model, in place; its ``state_dict`` is that of a model that has never been fused, byte for byte.
     """
+    restore_sequentials(model)
     for module in model.modules():
         if is_fused(module):
             restore(module)

@@ -103,6 +103,7 @@ class Plan:
         result = self._nodes[-1].args[0]
         self.output = self._sources[result] if isinstance(result, Node) else None
         self._steps = self._compile()
+        self._whole = self._whole_unit()
 
     # --- what is asked of it from outside ---
 
@@ -118,6 +119,19 @@ class Plan:
         """Whether a fused norm reads the index-th tensor of the call."""
         placeholders = [n for n in self._nodes if n.op == "placeholder"]
         return index < len(placeholders) and placeholders[index] in self._readers
+
+    def is_identity_unit(self, x: Tensor) -> bool:
+        """Whether the plan is one whole unit with an identity shortcut and nothing else, which takes x."""
+        return self._whole is not None and self._whole.shortcut is None and self._unit_fits(self._whole, x)
+
+    def unit_args(self) -> F.UnitArgs:
+        """Of such a plan, what the operator takes. A norm without momentum counts the batch here."""
+        return self._unit_args(self._whole)
+
+    def wants_stats_of_result(self, hand_on: bool) -> bool:
+        """Of such a plan, whether the statistics of its result are to be attached to it."""
+        norm = self._norm(self._whole.pairs[-1])
+        return hand_on and self.traced.absorbed[""].training and uses_batch_statistics(norm)
 
     def module(self, node: Node) -> nn.Module | None:
         """The layer that a node calls."""
@@ -162,6 +176,15 @@ class Plan:
         else:
             nodes = [*(n for p in op.pairs for n in (p.norm, p.act)), *op.convs, op.shortcut, op.add]
         return sorted({n for n in nodes if n is not None}, key=self._nodes.index)
+
+    def _whole_unit(self) -> UnitOp | None:
+        """The operator, if the plan is one whole unit of the call's only tensor."""
+        placeholders = [n for n in self._nodes if n.op == "placeholder"]
+        ops = list(self.found.ops.values())
+        if len(ops) != 1 or not isinstance(ops[0], UnitOp) or len(self._steps) != 1 or len(placeholders) != 1:
+            return None
+        op = ops[0]
+        return op if self.output is op.anchor and op.pairs[0].x is placeholders[0] else None
 
     def _function_of(self, op) -> Callable[[_Values], Any]:
         run = {UnitOp: self._run_unit, ConvOp: self._run_conv, AddOp: self._run_add}[type(op)]
@@ -227,27 +250,38 @@ class Plan:
     def _run_unit(self, op: UnitOp, values: _Values) -> Tensor:
         first = op.pairs[0]
         x = values[first.x]
-        convs = [self._conv(node) for node in op.convs]
-        shortcut = None if op.shortcut is None else self._conv(op.shortcut)
-        if not fits(x) or not all(takes(c, x) for c in (*convs, *([shortcut] if shortcut else []))):
+        if not self._unit_fits(op, x):
             return self._plainly(op, values)
-        shape = tuple(x.shape)
-        for conv in convs:
-            shape = shape and output_shape(shape, conv)
-        if shape != (tuple(x.shape) if shortcut is None else output_shape(tuple(x.shape), shortcut)):
-            return self._plainly(op, values)
-        norms = [self._norm(pair) for pair in op.pairs]
-        wanted = self._wants_stats(op.anchor, values, norms[-1])
+        wanted = self._wants_stats(op.anchor, values, self._norm(op.pairs[-1]))
+        args = self._unit_args(op)
         result = F.residual_unit(
             x,
-            [batch_norm_args(norm, count=False) for norm in norms],
-            [conv_args(conv) for conv in convs],
-            shortcut=None if shortcut is None else conv_args(shortcut),
-            negative_slope=first.slope,
-            x_stats=values.stats.get(first.x) if uses_batch_statistics(norms[0]) else None,
+            args.norms,
+            args.convs,
+            shortcut=args.shortcut,
+            negative_slope=args.negative_slope,
+            x_stats=values.stats.get(first.x) if args.uses_batch_statistics() else None,
             return_stats=wanted,
         )
         return self._keep(result, op.anchor, values, wanted)
+
+    def _unit_fits(self, op: UnitOp, x: Any) -> bool:
+        convs = [self._conv(node) for node in op.convs]
+        shortcut = None if op.shortcut is None else self._conv(op.shortcut)
+        if not fits(x) or not all(takes(c, x) for c in (*convs, *([shortcut] if shortcut else []))):
+            return False
+        shape = tuple(x.shape)
+        for conv in convs:
+            shape = shape and output_shape(shape, conv)
+        return shape == (tuple(x.shape) if shortcut is None else output_shape(tuple(x.shape), shortcut))
+
+    def _unit_args(self, op: UnitOp) -> F.UnitArgs:
+        return F.UnitArgs(
+            [batch_norm_args(self._norm(pair), count=False) for pair in op.pairs],
+            [conv_args(self._conv(node)) for node in op.convs],
+            None if op.shortcut is None else conv_args(self._conv(op.shortcut)),
+            op.pairs[0].slope,
+        )
 
     def _run_conv(self, op: ConvOp, values: _Values) -> Tensor:
         pair, conv = op.pair, self._conv(op.conv)

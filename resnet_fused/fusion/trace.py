@@ -19,23 +19,15 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..nn.units import has_hooks
+from .classes import is_fused, original_class, plain_forward
 from .guards import Attributes, Untraceable, random_state, refuse_side_effects
 from .leaves import is_norm
 
-__all__ = ["IN_PLACE", "Trace", "default_signature", "plain_forward", "signature_of", "trace"]
+__all__ = ["IN_PLACE", "Trace", "default_signature", "signature_of", "trace"]
 
 #: Asked of PyTorch by library code, without tensors; part of every signature where they matter.
 _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "has_torch_function")
 _lock = threading.RLock()  # fx patches nn.Module while it traces
-
-
-def plain_forward(module: nn.Module) -> Callable:
-    """The forward of a module's class as the user wrote it, whether or not it is fused."""
-    return getattr(type(module), "_plain_forward", type(module).forward)
-
-
-def is_fused(module: nn.Module) -> bool:
-    return hasattr(type(module), "_plain_forward")
 
 
 # --- the arguments of a call ---
@@ -160,7 +152,7 @@ class _Tracer(fx.Tracer):
         self._signature, self._leaves = signature, leaves
         self._interesting: dict[nn.Module, bool] = {}
         self.absorbed: dict[nn.Module, str] = {root: ""}
-        if is_fused(root):
+        if original_class(root) is not type(root):
             self.traced_func_name = "_plain_forward"
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -174,10 +166,11 @@ class _Tracer(fx.Tracer):
             or not self._is_interesting(m)
         ):
             return True
-        if type(m).__module__.startswith(("torch.nn", "torch.ao")) and type(m) is not nn.Sequential:
+        kind = original_class(m)
+        if kind.__module__.startswith(("torch.nn", "torch.ao")) and kind is not nn.Sequential:
             return True
         self.absorbed.setdefault(m, module_qualified_name)
-        refuse_side_effects(plain_forward(m), type(m).__name__)
+        refuse_side_effects(plain_forward(m), kind.__name__)
         return False
 
     def _is_interesting(self, m: nn.Module) -> bool:

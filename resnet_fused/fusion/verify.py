@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .classes import is_fused
 from .doubt import UncertainSigns, every_relu
 from .fuse import fuse, unfuse
-from .unit import is_fused
 
 __all__ = ["Kind", "Verification", "verify"]
 
