@@ -196,7 +196,8 @@ class TestTheModelStaysTheUsers:
         net, x = rf.fuse(stage(3)).eval(), batch(8)
         expected = copy.deepcopy(rf.unfuse(copy.deepcopy(net)))(x)
         with torch.no_grad():
-            torch.testing.assert_close(torch.jit.trace(net, x, check_trace=False)(x), expected, rtol=1e-5, atol=1e-5)
+            traced = torch.jit.trace(net, x, check_trace=False)
+            torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected, rtol=1e-5, atol=1e-5)
         compiled = torch.compile(net, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)

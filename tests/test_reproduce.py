@@ -150,6 +150,24 @@ def test_list(capsys):
 
 # --- runs ---
 
+
+def test_another_depth_is_told_with_every_name(tiny, monkeypatch):
+    """A curve of 20 layers must not stand under the name of 110, nor beside the error of 110."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+
+    def draw_curves(path, curves, title, **options):
+        drawn.append((curves, options))
+
+    monkeypatch.setattr(report_module, "draw_curves", draw_curves)
+    assert reproduce("--rows", "order-full-110", "--depth", 20, "--epochs", 1) == 0
+    curves, options = drawn[-1]
+    name = "ResNet-110, full pre-activation; here preact_resnet20_cifar"
+    assert {curve.label for curve in curves} == {f"{name}, plain", f"{name}, fused"}
+    assert options["reference"] is None
+    assert f"| order-full-110 | {name} | 6.37 |" in report()[0]
+
+
 ROWS = ("--rows", "resnet20", "shortcut-conv", "--epochs", "2")
 
 

@@ -108,7 +108,7 @@ def _markdown(
     lines += [_line(header), _line(["---"] * 3 + ["---:"] * (len(header) - 3))]
     for row in rows:
         of = {v: [outcomes.get((row.name, v, seed)) for seed in plan.seeds] for v in plan.variants}
-        cells = [row.name, row.title if plan.depth is None else f"{row.title}; here {row.model}", row.paper]
+        cells = [row.name, _title(plan, row), row.paper]
         cells += [_errors(of[variant]) for variant in plan.variants]
         cells.append(_epochs([outcome for found in of.values() for outcome in found]))
         cells += [_time(of[variant]) for variant in plan.variants]
@@ -130,6 +130,11 @@ def _markdown(
     if not pictures and done and importlib.util.find_spec("matplotlib") is None:
         lines += ["", "The curves are not drawn: that needs the package matplotlib."]
     return "\n".join(lines) + "\n"
+
+
+def _title(plan: Plan, row: Row) -> str:
+    """The paper's words, and what was trained in its place."""
+    return row.title if plan.depth is None else f"{row.title}; here {row.model}"
 
 
 def _notes(plan: Plan, rows: Sequence[Row], outcomes: Outcomes) -> list[str]:
@@ -208,13 +213,13 @@ def _draw(directory: str, plan: Plan, outcomes: Outcomes) -> list[str]:
             for variant, seed in itertools.product(plan.variants, plan.seeds):
                 outcome = outcomes.get((row.name, variant, seed))
                 if outcome is not None and outcome.history:
-                    label = f"{row.title}, {variant}"
+                    label = f"{_title(plan, row)}, {variant}"
                     if any(curve.label == label for curve in curves):
                         label = "_nolegend_"  # of a further seed
                     color, dashed = _COLORS[index % len(_COLORS)], variant == VARIANTS[0]
                     curves.append(Curve(label, outcome.history, color, dashed, outcome.steps))
         if curves:
             pictures.append(f"curves-{table}.png")
-            paper = rows[0].error if len(rows) == 1 else None
+            paper = rows[0].error if len(rows) == 1 and plan.depth is None else None
             draw_curves(os.path.join(directory, pictures[-1]), curves, f"CIFAR-10, {table}", reference=paper)
     return pictures
