@@ -48,6 +48,11 @@ RF_INLINE vuint32 permute(vuint32 words, __m512i order) {
 RF_INLINE vuint32 permute(vuint32 first, vuint32 second, __m512i order) {
   return (vuint32)_mm512_maskz_permutex2var_epi16(kAllHalves, (__m512i)first, order, (__m512i)second);
 }
+constexpr vint32 kEvenLanes = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};  // of two vectors
+constexpr vint32 kInterleavedLanes = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+RF_INLINE vfloat permute(vfloat first, vfloat second, vint32 order) {
+  return (vfloat)_mm512_maskz_permutex2var_ps(kAllLanes, (__m512)first, (__m512i)order, (__m512)second);
+}
 // [even | odd], rounded to nearest even by the CPU's own conversion: denormals become 0, as in the products.
 RF_INLINE vuint32 pack_halves(vfloat even, vfloat odd) { return (vuint32)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even); }
 
@@ -57,9 +62,6 @@ struct EvenOdd {
   vfloat even, odd;
 };
 RF_INLINE EvenOdd load_even_odd(const float* p, int64_t n, bool repeat = false) {
-  alignas(64) int32_t order[kLanes<float>];
-  for (int i = 0; i < kLanes<float>; ++i) order[i] = 2 * i;
-  const __m512i even = _mm512_load_si512(order);
   const vfloat low = n >= kLanes<float> ? load(p) : load_partial(p, int(n));
   vfloat high = {};
   if (repeat)
@@ -68,8 +70,32 @@ RF_INLINE EvenOdd load_even_odd(const float* p, int64_t n, bool repeat = false) 
     high = load(p + kLanes<float>);
   else if (n > kLanes<float>)
     high = load_partial(p + kLanes<float>, int(n) - kLanes<float>);
-  return {(vfloat)_mm512_maskz_permutex2var_ps(kAllLanes, (__m512)low, even, (__m512)high),
-          (vfloat)_mm512_maskz_permutex2var_ps(kAllLanes, (__m512)low, (__m512i)((vint32)even + 1), (__m512)high)};
+  return {permute(low, high, kEvenLanes), permute(low, high, kEvenLanes + 1)};
+}
+
+// Per-channel numbers of whole groups of 32 channels as [even, odd] vectors of each group ("slots"), in place, and back. What
+// is left of the channels stays in its order.
+RF_INLINE int64_t paired_channels(int64_t channels) { return channels / kWordChannels * kWordChannels; }
+static inline void channels_to_slots(float* row, int64_t channels) {
+  for (int64_t c = 0; c < paired_channels(channels); c += kWordChannels) {
+    const EvenOdd group = load_even_odd(row + c, kWordChannels);
+    store(row + c, group.even);
+    store(row + c + kLanes<float>, group.odd);
+  }
+}
+static inline void slots_to_channels(float* row, int64_t channels) {
+  for (int64_t c = 0; c < paired_channels(channels); c += kWordChannels) {
+    const vfloat even = load(row + c), odd = load(row + c + kLanes<float>);
+    store(row + c, permute(even, odd, kInterleavedLanes));
+    store(row + c + kLanes<float>, permute(even, odd, kInterleavedLanes + 8));
+  }
+}
+// `streamed`: past the caches, p then being aligned to a vector.
+RF_INLINE void store_words(bf16* p, vuint32 words, bool streamed) {
+  if (streamed)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)words);
+  else
+    memcpy(p, &words, sizeof words);
 }
 
 // What stands before the products, for 32 channels: words of x to [even | odd] halves of act(x*scale + shift).

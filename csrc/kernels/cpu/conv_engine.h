@@ -212,6 +212,9 @@ template <typename M> struct TileInput {
   int64_t in_units;
 };
 
+// Whether the two vectors of a whole block of output channels are the even and the odd ones: as words of bf16 hold them.
+template <typename M> constexpr bool kPairedOutputs = M::kUnitChannels == 2;
+
 // One step of the reduction: an input unit of every pixel times the weights of every vector.
 template <typename M, int NP, int NV>
 RF_INLINE void multiply_unit(Vec<typename M::A> (&acc)[NP][NV], const typename M::Unit* a, const typename M::Unit* w) {
@@ -231,6 +234,8 @@ RF_INLINE void multiply_unit(Vec<typename M::A> (&acc)[NP][NV], const typename M
 // channels from `channel`; then the epilogue, while the sums are in registers. Epilogue:
 //   channels                                                                    number of output channels
 //   vector<NP>(Vec<A>(&column)[NP], channel, pixel, done)                       one whole vector of channels
+//   pair<NP>(Vec<A>(&column)[NP][2], channel, pixel, done)                      two of them, as even and odd channels, instead
+//                                                                               (kPairedOutputs)
 //   lanes(A* column, pixels, channel, pixel, done)                              the channels that are left, [pixel][lane]
 // `done` is the caller's own number.
 template <typename M, int NP, int NV, typename Epilogue>
@@ -251,6 +256,8 @@ __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M
       for (int unit = 0; unit < B; ++unit) multiply_unit<M, NP, NV>(acc, a + unit, w + unit * NV * L);
     for (; left > 0; --left, ++a, w += NV * L) multiply_unit<M, NP, NV>(acc, a, w);
   }
+  if constexpr (kPairedOutputs<M> && NV == 2)
+    if (channel + 2 * L <= epilogue.channels) return epilogue.template pair<NP>(acc, channel, pixel, done);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t k = channel + v * L;

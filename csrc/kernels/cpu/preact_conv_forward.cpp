@@ -68,6 +68,62 @@ template <typename T> struct Epilogue {
     store(m2 + k, total_m2);
   }
 
+#if RF_LEVEL >= 3
+  // The statistics stay in slots. Deviations are from the mean so far, at first from the first pixel: one pass, and nothing
+  // cancels that is not in the variance too.
+  template <int NP> RF_INLINE_METHOD void pair(vfloat (&column)[NP][2], int64_t k, int64_t pixel, int64_t done) const {
+    constexpr int L = kLanes<float>;
+    if (bias) {
+      const EvenOdd b = load_even_odd(bias + k, kWordChannels);
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) {
+        column[p][0] += b.even;
+        column[p][1] += b.odd;
+      }
+    }
+    if (residual) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) {
+        const vuint32 words = load_words(residual + (pixel + p) * channels + k);
+        column[p][0] += even_channels(words);
+        column[p][1] += odd_channels(words);
+      }
+    }
+    const __m512i order = kInterleave.vector();
+    vuint32 words[NP];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) words[p] = permute(pack_halves(column[p][0], column[p][1]), order);
+    if (streamed) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store_words(y + (pixel + p) * channels + k, words[p], true);
+    } else {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store_words(y + (pixel + p) * channels + k, words[p], false);
+    }
+    if (!mean) return;
+    vfloat center[2] = {even_channels(words[0]), odd_channels(words[0])};
+    vfloat sum[2] = {}, squares[2] = {};
+    if (done > 0) {
+      center[0] = load(mean + k);
+      center[1] = load(mean + k + L);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      const vfloat even = even_channels(words[p]) - center[0], odd = odd_channels(words[p]) - center[1];
+      sum[0] += even;
+      sum[1] += odd;
+      squares[0] += even * even;
+      squares[1] += odd * odd;
+    }
+    const float total = float(done + NP), share = NP / total, cross = done * share;
+    for (int half = 0; half < 2; ++half) {
+      const vfloat delta = sum[half] * (1.f / NP), tile_m2 = squares[half] - sum[half] * delta;
+      store(mean + k + half * L, center[half] + delta * share);
+      store(m2 + k + half * L, load(m2 + k + half * L) + tile_m2 + delta * delta * cross);
+    }
+  }
+#endif
+
   void lanes(A* column, int np, int64_t k, int64_t pixel, int64_t done) const {
     constexpr int stride = kLanes<A>;
     for (int64_t lane = 0; lane < channels - k; ++lane) {
@@ -260,6 +316,11 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     if (pointwise) return runs.pixel_count(part);
     return min64(bands.band_rows, g.p - part % bands.bands * bands.band_rows) * g.q;
   });
+#if RF_LEVEL >= 3
+  if constexpr (kPairedOutputs<M>)
+    if (params.stats)
+      for (int64_t row = 0; row < 2; ++row) slots_to_channels(static_cast<A*>(params.stats) + row * g.k, g.k);
+#endif
 }
 
 template void preact_conv_forward<float>(const PreactConvForwardParams&);
