@@ -90,6 +90,10 @@ static inline void slots_to_channels(float* row, int64_t channels) {
     store(row + c + kLanes<float>, permute(even, odd, kInterleavedLanes + 8));
   }
 }
+// 16 channels of two pixels, [even | even] and [odd | odd]: the pixels' sum, in the channels' order.
+RF_INLINE vfloat pixels_sum(const EvenOdd& pixels) {
+  return permute(pixels.even, pixels.odd, kInterleavedLanes) + permute(pixels.even, pixels.odd, kInterleavedLanes + 8);
+}
 // `streamed`: past the caches, p then being aligned to a vector.
 RF_INLINE void store_words(bf16* p, vuint32 words, bool streamed) {
   if (streamed)

@@ -51,6 +51,10 @@ template <typename T> struct Epilogue {
 #pragma GCC unroll 16
       for (int p = 0; p < NP; ++p) column[p] += load(residual + (pixel + p) * channels + k);
     }
+#if RF_LEVEL >= 3
+    if constexpr (sizeof(T) == 2)
+      if (channels == kLanes<A>) return two_pixels<NP>(column, pixel, done);
+#endif
     store_column<T>(y + pixel * channels, k, channels, column, streamed, lines);
     if (!mean) return;
     Vec<A> sum = {}, tile_m2 = {};
@@ -121,6 +125,44 @@ template <typename T> struct Epilogue {
       store(mean + k + half * L, center[half] + delta * share);
       store(m2 + k + half * L, load(m2 + k + half * L) + tile_m2 + delta * delta * cross);
     }
+  }
+
+  // The same where 16 channels are all of a pixel, so that two pixels are a vector of words: [even | even], [odd | odd].
+  template <int NP> RF_INLINE_METHOD void two_pixels(vfloat (&column)[NP], int64_t pixel, int64_t done) const {
+    constexpr int kPairs = NP / 2;
+    constexpr int64_t L = kLanes<float>;
+    bf16* const out = y + pixel * L;
+    vuint32 words[kPairs + 1];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) words[p] = pack_halves(column[2 * p], column[2 * p + 1]);
+    if constexpr (NP % 2 == 1) words[kPairs] = pack_halves(column[NP - 1], vfloat{});
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) store_words(out + 2 * p * L, words[p], false);
+    if constexpr (NP % 2 == 1) memcpy(out + (NP - 1) * L, &words[kPairs], L * sizeof(bf16));
+    if (!mean) return;
+    EvenOdd center = {even_channels(words[0]), odd_channels(words[0])}, sum = {}, squares = {};
+    if (done > 0) {
+      center = load_even_odd(mean, L, true);
+    } else {  // the first pixel's, for both
+      center.even = (vfloat)_mm512_maskz_shuffle_f32x4(kAllLanes, (__m512)center.even, (__m512)center.even, 0x44);
+      center.odd = (vfloat)_mm512_maskz_shuffle_f32x4(kAllLanes, (__m512)center.odd, (__m512)center.odd, 0x44);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs + NP % 2; ++p) {
+      vfloat even = even_channels(words[p]) - center.even, odd = odd_channels(words[p]) - center.odd;
+      if (p == kPairs) {  // no second pixel
+        even = (vfloat)_mm512_maskz_mov_ps(0xff, (__m512)even);
+        odd = (vfloat)_mm512_maskz_mov_ps(0xff, (__m512)odd);
+      }
+      sum.even += even;
+      sum.odd += odd;
+      squares.even += even * even;
+      squares.odd += odd * odd;
+    }
+    const float total = float(done + NP), share = NP / total, cross = done * share;
+    const vfloat all = pixels_sum(sum), delta = all * (1.f / NP), tile_m2 = pixels_sum(squares) - all * delta;
+    store(mean, permute(center.even, center.odd, kInterleavedLanes) + delta * share);
+    store(m2, load(m2) + tile_m2 + delta * delta * cross);
   }
 #endif
 
