@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../cpu_kernels.h"
+#include "bf16_pairs.h"
 #include "simd.h"
 
 namespace resnet_fused {
@@ -105,13 +106,7 @@ static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_
 }
 template <typename M> static int64_t band_units(const BandLayout& b) { return b.blocks * b.rows * b.slots * kBlock<M>; }
 
-// The prologue: null bn means none.
-template <typename A> struct Prologue {
-  const A* scale;
-  const A* shift;
-  A slope;
-  bool relu;
-};
+// Null bn means none.
 template <typename A> static Prologue<A> make_prologue(const void* bn, int64_t channels, double slope) {
   const A* rows = static_cast<const A*>(bn);
   return Prologue<A>{rows ? rows + 2 * channels : nullptr, rows ? rows + 3 * channels : nullptr, A(slope), slope == 0};
@@ -154,29 +149,21 @@ struct Largest {
   }
 };
 
-// Writes one block (a vector of units) of one pixel.
+// One block (a vector of units) of each of `pixels` pixels, `step` apart in x.
 template <typename M, typename T, typename Note>
-RF_INLINE void fill_block(typename M::Unit* dst, const T* x, int64_t channel, int64_t channels,
-                          const Prologue<Acc<T>>& pro, Note& note) {
-  typedef Acc<T> A;
-  constexpr int L = kLanes<A>;
+RF_INLINE void fill_blocks(typename M::Unit* out, const T* x, int64_t step, int64_t pixels, int64_t channel, int64_t channels,
+                           const Prologue<Acc<T>>& pro, Note& note) {
   if constexpr (M::kUnitChannels == 1) {
-    const Vec<A> v = rounded_activation<T>(load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro));
-    store(dst, v);
-    note.see(v);
-  } else {
-    T* out = reinterpret_cast<T*>(dst);
-    if (!pro.scale && channels - channel >= 2 * L) {
-      memcpy(out, x + channel, 2 * L * sizeof(T));
-      return;
+    constexpr int L = kLanes<Acc<T>>;
+    const int valid = int(min64(L, channels - channel));
+    for (int64_t p = 0; p < pixels; ++p) {
+      const Vec<Acc<T>> v = rounded_activation<T>(load_activation<T>(x + p * step + channel, channel, valid, pro));
+      store(out + p * L, v);
+      note.see(v);
     }
+  } else {
 #if RF_LEVEL >= 3
-    const vfloat lo = load_activation<T>(x + channel, channel, int(min64(L, channels - channel)), pro);
-    vfloat hi = {};
-    if (channels - channel > L)
-      hi = load_activation<T>(x + channel + L, channel + L, int(min64(L, channels - channel - L)), pro);
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
-    memcpy(out, &both, sizeof both);
+    fill_words(out, x + channel, step, pixels, channel, min64(kWordChannels, channels - channel), pro);
 #endif
   }
 }
@@ -200,16 +187,13 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
         continue;
       }
       const T* in = image + (h * width + col0) * b.channels;
-      if (b.col_stride == 1) {
-        memset(out, 0, size_t(inside_begin) * B * sizeof(typename M::Unit));
-        for (int64_t j = inside_begin; j < inside_end; ++j)
-          fill_block<M, T>(out + j * B, in + j * step, channel, b.channels, pro, note);
-        memset(out + inside_end * B, 0, size_t(b.slots - inside_end) * B * sizeof(typename M::Unit));
-      } else {
-        memset(out, 0, size_t(b.slots) * B * sizeof(typename M::Unit));
-        for (int64_t j = inside_begin; j < inside_end; ++j)
-          fill_block<M, T>(out + ((j % b.col_stride) * b.plane + j / b.col_stride) * B, in + j * step, channel, b.channels,
-                           pro, note);
+      for (int64_t residue = 0; residue < b.col_stride; ++residue, out += b.plane * B) {
+        const int64_t begin = divide_up(max64(0, inside_begin - residue), b.col_stride);
+        const int64_t end = max64(begin, divide_up(max64(0, inside_end - residue), b.col_stride));
+        memset(out, 0, size_t(begin) * B * sizeof(typename M::Unit));
+        fill_blocks<M, T>(out + begin * B, in + (begin * b.col_stride + residue) * step, b.col_stride * step, end - begin,
+                          channel, b.channels, pro, note);
+        memset(out + end * B, 0, size_t(b.plane - end) * B * sizeof(typename M::Unit));
       }
     }
   }
@@ -227,6 +211,9 @@ template <typename M> struct TileInput {
   int64_t block_stride;        // units from one channel block to the next
   int64_t in_units;
 };
+
+// Whether the two vectors of a whole block of output channels are the even and the odd ones: as words of bf16 hold them.
+template <typename M> constexpr bool kPairedOutputs = M::kUnitChannels == 2;
 
 // One step of the reduction: an input unit of every pixel times the weights of every vector.
 template <typename M, int NP, int NV>
@@ -247,6 +234,8 @@ RF_INLINE void multiply_unit(Vec<typename M::A> (&acc)[NP][NV], const typename M
 // channels from `channel`; then the epilogue, while the sums are in registers. Epilogue:
 //   channels                                                                    number of output channels
 //   vector<NP>(Vec<A>(&column)[NP], channel, pixel, done)                       one whole vector of channels
+//   pair<NP>(Vec<A>(&column)[NP][2], channel, pixel, done)                      two of them, as even and odd channels, instead
+//                                                                               (kPairedOutputs)
 //   lanes(A* column, pixels, channel, pixel, done)                              the channels that are left, [pixel][lane]
 // `done` is the caller's own number.
 template <typename M, int NP, int NV, typename Epilogue>
@@ -267,6 +256,8 @@ __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M
       for (int unit = 0; unit < B; ++unit) multiply_unit<M, NP, NV>(acc, a + unit, w + unit * NV * L);
     for (; left > 0; --left, ++a, w += NV * L) multiply_unit<M, NP, NV>(acc, a, w);
   }
+  if constexpr (kPairedOutputs<M> && NV == 2)
+    if (channel + 2 * L <= epilogue.channels) return epilogue.template pair<NP>(acc, channel, pixel, done);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t k = channel + v * L;

@@ -126,7 +126,8 @@ template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack
   return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
 }
 
-// Packs [tap][in unit][out lane] of one output block. taps_r/taps_s: the kernel position of every tap.
+// Packs [tap][in unit][out lane] of one output block, a whole one in the order that kPairedOutputs tells. taps_r/taps_s:
+// the kernel position of every tap.
 template <typename M, typename T>
 static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t out_block, const void* weight,
                        const WeightLayout& layout, int64_t in_stride, int64_t out_stride, const int32_t* taps_r,
@@ -159,6 +160,16 @@ static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t ou
       }
     }
   }
+#if RF_LEVEL >= 3
+  if constexpr (kPairedOutputs<M>)
+    if (pack.out_channels - out_block * kOutBlock<A> >= kOutBlock<A>)
+      for (int64_t unit = 0; unit < pack.taps * pack.in_units; ++unit, out += width) {
+        const vfloat low = (vfloat)load_units<M>(out), high = (vfloat)load_units<M>(out + L);
+        const vfloat even = permute(low, high, kEvenLanes), odd = permute(low, high, kEvenLanes + 1);
+        memcpy(out, &even, sizeof even);
+        memcpy(out + L, &odd, sizeof odd);
+      }
+#endif
 }
 
 }  // namespace RF_VARIANT

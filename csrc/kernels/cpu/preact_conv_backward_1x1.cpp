@@ -39,7 +39,8 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
     Unit* const band =
         static_cast<Unit*>(thread_scratch(kScratchActivation, size_t(band_units<M>(layout)) * sizeof(Unit)));
     fill_band<M, T>(band, layout, static_cast<const T*>(dgrad.dy) + first * g.k, 1, pixels, 0, 0, none);
-    const DgradEpilogue<T> epilogue = dgrad_epilogue<T>(dgrad, partial + part * 2 * g.c, kTilePixels, streamed);
+    const DgradEpilogue<T> epilogue = dgrad_epilogue<T>(dgrad, partial + part * 2 * g.c, kTilePixels, streamed,
+                                                          kPairedOutputs<M>);
     const TileInput<M> input = {&tap_offset, 1, layout.slots * kBlock<M>, pack.in_units};
     const int64_t tiles = divide_up(pixels, int64_t(kTilePixels));
     for (int64_t block = 0; block < pack.out_blocks; ++block) {
@@ -54,7 +55,7 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
     }
     if (streamed) stream_fence();
   });
-  add_partial_sums(static_cast<A*>(dgrad.sums), partial, 2 * g.c, plan.parts, g.c);
+  add_partial_sums(static_cast<A*>(dgrad.sums), partial, 2 * g.c, plan.parts, g.c, kPairedOutputs<M>);
 }
 
 template void preact_conv_backward_1x1<float>(const PreactConvDgradParams&, const PreactConvWgradParams&);

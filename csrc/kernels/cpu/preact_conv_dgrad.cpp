@@ -37,17 +37,18 @@ Extent extent_of(int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) 
 // The epilogue of some channels of a run of pixels or a band; their sums, row `index` of the partial ones, at zero.
 template <typename T>
 DgradEpilogue<T> start_epilogue(const PreactConvDgradParams& params, int64_t index, int64_t first_channel,
-                                int64_t last_channel, Acc<T>* partial, bool streamed) {
+                                int64_t last_channel, Acc<T>* partial, bool streamed, bool paired) {
   Acc<T>* const sums = partial + index * 2 * params.g.c;
   for (int64_t row = 0; row < 2; ++row)
     memset(sums + row * params.g.c + first_channel, 0, size_t(last_channel - first_channel) * sizeof(Acc<T>));
-  return dgrad_epilogue<T>(params, sums, kRunPixels, streamed);
+  return dgrad_epilogue<T>(params, sums, kRunPixels, streamed, paired);
 }
 template <typename A> A* partial_sums(const PreactConvDgradParams& params, int64_t tasks) {
   return static_cast<A*>(thread_scratch(kScratchPartial, size_t(tasks) * 2 * params.g.c * sizeof(A)));
 }
-template <typename A> void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks) {
-  add_partial_sums(static_cast<A*>(params.sums), partial, 2 * params.g.c, tasks, params.g.c);
+template <typename A>
+void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks, bool paired) {
+  add_partial_sums(static_cast<A*>(params.sums), partial, 2 * params.g.c, tasks, params.g.c, paired);
 }
 
 // Returns false, with everything to be computed again, if not all sums were finite.
@@ -59,8 +60,8 @@ template <typename T> bool winograd_dgrad(const PreactConvDgradParams& params) {
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.dy), make_prologue<float>(nullptr, g.k, 0), params.weight,
       params.weight_layout, true, {static_cast<const T*>(params.x), static_cast<const T*>(params.dz_in)},
-      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.c, partial, streamed); });
-  if (finite) merge_partial_sums(params, partial, plan.tasks);
+      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.c, partial, streamed, false); });
+  if (finite) merge_partial_sums(params, partial, plan.tasks, false);
   return finite;
 }
 
@@ -155,7 +156,8 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
                       row0 + eh.least, ew.least, none);
     }
     const DgradEpilogue<T> epilogue = start_epilogue<T>(
-        params, part, first_block * kOutBlock<A>, min64(g.c, last_block * kOutBlock<A>), partial, streamed);
+        params, part, first_block * kOutBlock<A>, min64(g.c, last_block * kOutBlock<A>), partial, streamed,
+        kPairedOutputs<M>);
     for (int64_t t = 0; t < found; ++t) tap_offsets[t] = (tap_row[t] * layout.slots + tap_col[t]) * B;
 
     Prefetcher next;
@@ -206,7 +208,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
     if (streamed) stream_fence();
   });
 
-  merge_partial_sums(params, partial, parts);
+  merge_partial_sums(params, partial, parts, kPairedOutputs<M>);
 }
 
 template void preact_conv_dgrad<float>(const PreactConvDgradParams&);

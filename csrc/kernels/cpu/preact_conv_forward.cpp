@@ -51,6 +51,10 @@ template <typename T> struct Epilogue {
 #pragma GCC unroll 16
       for (int p = 0; p < NP; ++p) column[p] += load(residual + (pixel + p) * channels + k);
     }
+#if RF_LEVEL >= 3
+    if constexpr (sizeof(T) == 2)
+      if (channels == kLanes<A>) return two_pixels<NP>(column, pixel, done);
+#endif
     store_column<T>(y + pixel * channels, k, channels, column, streamed, lines);
     if (!mean) return;
     Vec<A> sum = {}, tile_m2 = {};
@@ -67,6 +71,100 @@ template <typename T> struct Epilogue {
     store(mean + k, total_mean);
     store(m2 + k, total_m2);
   }
+
+#if RF_LEVEL >= 3
+  // The statistics stay in slots. Deviations are from the mean so far, at first from the first pixel: one pass, and nothing
+  // cancels that is not in the variance too.
+  template <int NP> RF_INLINE_METHOD void pair(vfloat (&column)[NP][2], int64_t k, int64_t pixel, int64_t done) const {
+    constexpr int L = kLanes<float>;
+    if (bias) {
+      const EvenOdd b = load_even_odd(bias + k, kWordChannels);
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) {
+        column[p][0] += b.even;
+        column[p][1] += b.odd;
+      }
+    }
+    if (residual) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) {
+        const vuint32 words = load_words(residual + (pixel + p) * channels + k);
+        column[p][0] += even_channels(words);
+        column[p][1] += odd_channels(words);
+      }
+    }
+    const __m512i order = kInterleave.vector();
+    vuint32 words[NP];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) words[p] = permute(pack_halves(column[p][0], column[p][1]), order);
+    if (streamed) {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store_words(y + (pixel + p) * channels + k, words[p], true);
+    } else {
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store_words(y + (pixel + p) * channels + k, words[p], false);
+    }
+    if (!mean) return;
+    vfloat center[2] = {even_channels(words[0]), odd_channels(words[0])};
+    vfloat sum[2] = {}, squares[2] = {};
+    if (done > 0) {
+      center[0] = load(mean + k);
+      center[1] = load(mean + k + L);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p) {
+      const vfloat even = even_channels(words[p]) - center[0], odd = odd_channels(words[p]) - center[1];
+      sum[0] += even;
+      sum[1] += odd;
+      squares[0] += even * even;
+      squares[1] += odd * odd;
+    }
+    const float total = float(done + NP), share = NP / total, cross = done * share;
+    for (int half = 0; half < 2; ++half) {
+      const vfloat delta = sum[half] * (1.f / NP), tile_m2 = squares[half] - sum[half] * delta;
+      store(mean + k + half * L, center[half] + delta * share);
+      store(m2 + k + half * L, load(m2 + k + half * L) + tile_m2 + delta * delta * cross);
+    }
+  }
+
+  // The same where 16 channels are all of a pixel, so that two pixels are a vector of words: [even | even], [odd | odd].
+  template <int NP> RF_INLINE_METHOD void two_pixels(vfloat (&column)[NP], int64_t pixel, int64_t done) const {
+    constexpr int kPairs = NP / 2;
+    constexpr int64_t L = kLanes<float>;
+    bf16* const out = y + pixel * L;
+    vuint32 words[kPairs + 1];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) words[p] = pack_halves(column[2 * p], column[2 * p + 1]);
+    if constexpr (NP % 2 == 1) words[kPairs] = pack_halves(column[NP - 1], vfloat{});
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) store_words(out + 2 * p * L, words[p], false);
+    if constexpr (NP % 2 == 1) memcpy(out + (NP - 1) * L, &words[kPairs], L * sizeof(bf16));
+    if (!mean) return;
+    EvenOdd center = {even_channels(words[0]), odd_channels(words[0])}, sum = {}, squares = {};
+    if (done > 0) {
+      center = load_even_odd(mean, L, true);
+    } else {  // the first pixel's, for both
+      center.even = (vfloat)_mm512_maskz_shuffle_f32x4(kAllLanes, (__m512)center.even, (__m512)center.even, 0x44);
+      center.odd = (vfloat)_mm512_maskz_shuffle_f32x4(kAllLanes, (__m512)center.odd, (__m512)center.odd, 0x44);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs + NP % 2; ++p) {
+      vfloat even = even_channels(words[p]) - center.even, odd = odd_channels(words[p]) - center.odd;
+      if (p == kPairs) {  // no second pixel
+        even = (vfloat)_mm512_maskz_mov_ps(0xff, (__m512)even);
+        odd = (vfloat)_mm512_maskz_mov_ps(0xff, (__m512)odd);
+      }
+      sum.even += even;
+      sum.odd += odd;
+      squares.even += even * even;
+      squares.odd += odd * odd;
+    }
+    const float total = float(done + NP), share = NP / total, cross = done * share;
+    const vfloat all = pixels_sum(sum), delta = all * (1.f / NP), tile_m2 = pixels_sum(squares) - all * delta;
+    store(mean, permute(center.even, center.odd, kInterleavedLanes) + delta * share);
+    store(m2, load(m2) + tile_m2 + delta * delta * cross);
+  }
+#endif
 
   void lanes(A* column, int np, int64_t k, int64_t pixel, int64_t done) const {
     constexpr int stride = kLanes<A>;
@@ -260,6 +358,11 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
     if (pointwise) return runs.pixel_count(part);
     return min64(bands.band_rows, g.p - part % bands.bands * bands.band_rows) * g.q;
   });
+#if RF_LEVEL >= 3
+  if constexpr (kPairedOutputs<M>)
+    if (params.stats)
+      for (int64_t row = 0; row < 2; ++row) slots_to_channels(static_cast<A*>(params.stats) + row * g.k, g.k);
+#endif
 }
 
 template void preact_conv_forward<float>(const PreactConvForwardParams&);

@@ -63,14 +63,75 @@ static void fill_pairs(uint32_t* even, uint32_t* odd, const BandLayout& b, int64
   }
 }
 
+// Pixels of pairs: halves of channel i of the first vector and of the second. From words of two pixels, of channels 0-15 and
+// of channels 16-31, where both vectors are in the channels' order, and where both are [even | odd] (pack_halves); and from one
+// vector of both pixels of 16 channels.
+constexpr HalfOrder kPairLow = half_order([](int i) { return i / 2 + i % 2 * 32; });
+constexpr HalfOrder kPairHigh = half_order([](int i) { return 16 + i / 2 + i % 2 * 32; });
+constexpr HalfOrder kPairLowPacked = half_order([](int i) { return i / 4 + i / 2 % 2 * 16 + i % 2 * 32; });
+constexpr HalfOrder kPairHighPacked = half_order([](int i) { return 8 + i / 4 + i / 2 % 2 * 16 + i % 2 * 32; });
+constexpr HalfOrder kPairBothPacked = half_order([](int i) { return i / 4 + i / 2 % 2 * 16 + i % 2 * 8; });
+
+// fill_pairs for a run of pixels: no border, no stride, one copy.
+static void fill_run_pairs(uint32_t* out, int64_t block_stride, const bf16* x, int64_t pixels, int64_t channels,
+                           const Prologue<float>& prologue) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t pairs = divide_up(pixels, 2);
+  if (channels == L && prologue.scale && pixels >= 2) {
+    const __m512i order = kPairBothPacked.vector();
+    with_word_prologue(prologue, 0, L, true, [&](const auto& words) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < pairs; ++j) {
+        const bool whole = 2 * j + 1 < pixels;
+        vuint32 both = permute(words.halves(whole ? load_words(x + 2 * j * L)
+                                                  : (vuint32)_mm512_maskz_loadu_epi16(first_halves(L), x + 2 * j * L)), order);
+        if (!whole) both &= 0xffffu;  // an absent pixel is 0, not act(shift)
+        memcpy(out + j * L, &both, sizeof both);
+      }
+    });
+    return;
+  }
+  for (int64_t channel = 0; channel < channels; channel += kWordChannels, out += 2 * block_stride) {
+    const int64_t valid = min64(kWordChannels, channels - channel);
+    const __mmask32 mask = first_halves(valid);
+    const auto run = [&](const HalfOrder& low, const HalfOrder& high, const auto& halves) __attribute__((always_inline)) {
+      const __m512i low_order = low.vector(), high_order = high.vector();
+      const bf16* from = x + channel;
+      for (int64_t j = 0; j < pairs; ++j, from += 2 * channels) {
+        const vuint32 first = halves((vuint32)_mm512_maskz_loadu_epi16(mask, from));
+        vuint32 second = {};
+        if (2 * j + 1 < pixels) second = halves((vuint32)_mm512_maskz_loadu_epi16(mask, from + channels));
+        const vuint32 low_pairs = permute(first, second, low_order);
+        memcpy(out + j * L, &low_pairs, sizeof low_pairs);
+        if (valid > L) {
+          const vuint32 high_pairs = permute(first, second, high_order);
+          memcpy(out + block_stride + j * L, &high_pairs, sizeof high_pairs);
+        }
+      }
+    };
+    if (prologue.scale)
+      with_word_prologue(prologue, channel, valid, false, [&](const auto& words) __attribute__((always_inline)) {
+        run(kPairLowPacked, kPairHighPacked, [&](vuint32 w) __attribute__((always_inline)) { return words.halves(w); });
+      });
+    else
+      run(kPairLow, kPairHigh, [](vuint32 w) { return w; });
+  }
+}
+
 // dy rows [cols][k] -> [pairs][k] of neighbouring pixels, `step` apart; a missing last pixel is 0.
 static void pair_pixels(uint32_t* out, int64_t step, const bf16* dy, int64_t rows, int64_t cols, int64_t k) {
   const int64_t pairs = divide_up(cols, 2);
+  const __m512i low_order = kPairLow.vector(), high_order = kPairHigh.vector();
   for (int64_t row = 0; row < rows; ++row, dy += cols * k)
     for (int64_t j = 0; j < pairs; ++j, out += step) {
       const bf16* lo = dy + 2 * j * k;
       const bf16* hi = 2 * j + 1 < cols ? lo + k : nullptr;
       int64_t i = 0;
+      for (; hi && i + kWordChannels <= k; i += kWordChannels) {
+        const vuint32 first = load_words(lo + i), second = load_words(hi + i);
+        const vuint32 low = permute(first, second, low_order), high = permute(first, second, high_order);
+        memcpy(out + i, &low, sizeof low);
+        memcpy(out + i + kLanes<float>, &high, sizeof high);
+      }
       for (; hi && i + kLanes<float> <= k; i += kLanes<float>) {
         const vuint32 both = (vuint32)load(lo + i) >> 16 | (vuint32)load(hi + i);
         memcpy(out + i, &both, sizeof both);
@@ -132,8 +193,11 @@ template <typename M, typename T> struct Wgrad {
           thread_scratch(kScratchTile, size_t(copy_stride * (odd ? 2 : 1) + dy_units) * sizeof(uint32_t)));
       for (int64_t i = 0; i < images; ++i) {
         uint32_t* const even = paired + i * tile.a_image;
-        fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, u.image + i * g.h * g.w * g.c, u.height, u.width,
-                   u.row0, u.col0, prologue);
+        if (plan.pointwise)
+          fill_run_pairs(even, block_stride, u.image, out_cols, g.c, prologue);
+        else
+          fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, u.image + i * g.h * g.w * g.c, u.height, u.width,
+                     u.row0, u.col0, prologue);
       }
       uint32_t* const dy_pairs = paired + copy_stride * (odd ? 2 : 1);
       pair_pixels(dy_pairs, dy_step, u.dy, dy_rows, out_cols, g.k);
