@@ -142,7 +142,9 @@ def _notes(plan: Plan, rows: Sequence[Row], outcomes: Outcomes) -> list[str]:
     for recipe in dict.fromkeys(row.recipe for row in rows):
         length = plan.shortened(dict(RECIPES[recipe].settings))
         told = (
-            f"{length['iterations']} iterations" if "iterations" in length else f"{length['epochs']} epochs"
+            f"{length['iterations']} iterations"
+            if "iterations" in length
+            else f"{length['epochs']} epoch{'' if length['epochs'] == 1 else 's'}"
         )
         note = f"* Recipe `{recipe}` ({RECIPES[recipe].source}), {told}"
         if plan.epochs is not None or plan.iterations is not None:
