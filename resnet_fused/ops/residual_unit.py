@@ -68,12 +68,6 @@ class _Arguments(NamedTuple):
     want_stats: bool
     want_raw: bool  # backward needs the raw outputs; without it they are freed as the unit goes on
 
-    def shapes(self) -> whole_unit.UnitShapes:
-        return whole_unit.UnitShapes(
-            self.weights, [self.shortcut_weight], self.strides, self.paddings, self.dilations, self.groups,
-            self.shortcut_stride, [len(self.weights)],
-        )  # fmt: skip
-
     def is_channels_last(self) -> bool:
         return convolution_is_channels_last(self.x, *self.weights, self.shortcut_weight)
 
@@ -124,7 +118,7 @@ def check_unit(*args) -> tuple[int, ...]:
 
 def _forward(*args):
     a = _Arguments(*args)
-    operator = whole_unit.forward_operator(a.x, a.shapes(), lambda: _check(a))
+    operator = whole_unit.forward_operator(a.x, whole_unit.shapes_of_unit(a), lambda: _check(a))
     if operator is None:
         return _forward_by_primitives(a)
     try:

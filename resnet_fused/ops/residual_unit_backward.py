@@ -82,10 +82,7 @@ class _Arguments(NamedTuple):
 def _backward(*args):
     a = _Arguments(*args)
     mask = whole_unit.UnitMask(a.output_mask, len(a.weights))
-    shapes = whole_unit.UnitShapes(
-        a.weights, [a.shortcut_weight], a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride,
-        [len(a.weights)],
-    )  # fmt: skip
+    shapes = whole_unit.shapes_of_unit(a)
     operator, combined = whole_unit.backward_operator(a.x, shapes, a.output_mask)
     if operator is None:
         return _backward_by_primitives(a, mask)

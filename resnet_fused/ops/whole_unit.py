@@ -36,6 +36,14 @@ class UnitShapes(NamedTuple):
         )  # fmt: skip
 
 
+def shapes_of_unit(a) -> UnitShapes:
+    """Of one unit: of the arguments of residual_unit or of residual_unit_backward."""
+    return UnitShapes(
+        a.weights, [a.shortcut_weight], a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride,
+        [len(a.weights)],
+    )  # fmt: skip
+
+
 class _Choices:
     """What dispatch says of the primitives of units."""
 
