@@ -169,7 +169,8 @@ UnitsBackward residual_units_backward(const Tensor& dout, const Tensor& x, const
     const Tensor& h = begin == 0 ? x : raw[begin - 1];
     Backend backend(unit, h, both);
     auto of_unit = residual_unit_backward(
-        backend, unit, needed ? std::optional<Tensor>(dx) : std::nullopt, h, TensorList(raw.begin() + begin, raw.begin() + end - 1),
+        backend, unit, needed ? std::optional<Tensor>(dx) : std::nullopt, h,
+        TensorList(raw.begin() + begin, raw.begin() + end - 1),
         TensorList(bns.begin() + begin, bns.begin() + end), UnitMask(mask, size));
     auto& [unit_dx, unit_sums, unit_dweights, unit_dbiases, dshortcut_weight, dshortcut_bias] = of_unit;
     append_backwards(sums, std::move(unit_sums));
@@ -183,7 +184,7 @@ UnitsBackward residual_units_backward(const Tensor& dout, const Tensor& x, const
   }
   for (TensorList* list : {&sums, &dweights, &dbiases, &dshortcut_weights, &dshortcut_biases})
     std::reverse(list->begin(), list->end());
-  return {std::move(dx),      std::move(sums),
+  return {std::move(dx), std::move(sums),
           std::move(dweights), std::move(dbiases),
           std::move(dshortcut_weights), std::move(dshortcut_biases)};
 }

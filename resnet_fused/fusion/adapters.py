@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.units import batch_norm_args, conv_args, uses_batch_statistics
+from ..nn.units import unit_args, uses_batch_statistics
 from . import leaves
-from .plan import attach_stats, fits, output_shape, stats_of, takes
+from .plan import attach_stats, stats_of, unit_fits
 
 __all__ = ["AdapterPlan", "UnitParts", "adapter_of", "register_unit"]
 
@@ -95,26 +95,20 @@ class AdapterPlan:
 
     def run(self, tensors: list[Tensor], hand_on: bool) -> Any:
         x = tensors[0]
-        if self.refusal() is not None or not fits(x):
+        if self.refusal() is not None:
             return self._module._plain_forward(x)
         parts = self._adapter(self._module)
-        convs = [*parts.convs, *([parts.shortcut] if parts.shortcut is not None else [])]
-        shape = tuple(x.shape)
-        for conv in parts.convs:
-            shape = shape and output_shape(shape, conv)
-        skip = tuple(x.shape)
-        if parts.shortcut is not None:
-            skip = output_shape(skip, parts.shortcut)
-        if shape != skip or not all(takes(conv, x) for conv in convs):
+        if not unit_fits(x, parts.convs, parts.shortcut):
             return self._module._plain_forward(x)
         wanted = hand_on and uses_batch_statistics(parts.norms[-1])
+        args = unit_args(parts.norms, parts.convs, parts.shortcut, parts.negative_slope)
         result = F.residual_unit(
             x,
-            [batch_norm_args(norm, count=False) for norm in parts.norms],
-            [conv_args(conv) for conv in parts.convs],
-            shortcut=None if parts.shortcut is None else conv_args(parts.shortcut),
-            negative_slope=parts.negative_slope,
-            x_stats=stats_of(x) if uses_batch_statistics(parts.norms[0]) else None,
+            args.norms,
+            args.convs,
+            shortcut=args.shortcut,
+            negative_slope=args.negative_slope,
+            x_stats=stats_of(x) if args.uses_batch_statistics() else None,
             return_stats=wanted,
         )
         if not wanted:

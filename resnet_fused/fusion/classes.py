@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["exchange", "is_fused", "original_class", "plain_forward", "restore", "runs_rows", "serves"]
+__all__ = [
+    "ROWS", "UNIT", "exchange", "is_fused", "original_class", "plain_forward", "restore", "runs_rows", "serves",
+]  # fmt: skip
 
 UNIT, ROWS = "a fused unit", "a Sequential that runs rows of fused units"
 

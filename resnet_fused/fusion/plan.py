@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from .. import functional as F
-from ..nn.units import batch_norm_args, conv_args, has_hooks, uses_batch_statistics
+from ..nn.units import batch_norm_args, conv_args, has_hooks, unit_args, uses_batch_statistics
 from ..ops.arguments import resolve_padding
 from ..primitives.layout import convolution_output_shape
 from . import leaves
 from .match import AddOp, ConvOp, Match, Pair, UnitOp, match
 from .trace import Trace
 
-__all__ = ["Plan", "attach_stats", "fits", "output_shape", "stats_of", "takes"]
+__all__ = ["Plan", "attach_stats", "stats_of", "unit_fits"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ATTRIBUTE = "_resnet_fused_stats"
@@ -62,6 +62,17 @@ def output_shape(shape: tuple, conv: nn.Conv2d) -> tuple | None:
     if crop != (0, 0):
         return None
     return convolution_output_shape(shape, conv.weight, conv.stride, padding, conv.dilation)
+
+
+def unit_fits(x: Any, convs: list[nn.Conv2d], shortcut: nn.Conv2d | None) -> bool:
+    """Whether the operator of a whole unit takes x, and both sides of its addition have one size."""
+    if not fits(x) or not all(takes(c, x) for c in (*convs, *([] if shortcut is None else [shortcut]))):
+        return False
+    size = tuple(x.shape)
+    shape = size
+    for conv in convs:
+        shape = shape and output_shape(shape, conv)
+    return shape == (size if shortcut is None else output_shape(size, shortcut))
 
 
 class _Values(dict):
@@ -266,22 +277,14 @@ class Plan:
         return self._keep(result, op.anchor, values, wanted)
 
     def _unit_fits(self, op: UnitOp, x: Any) -> bool:
-        convs = [self._conv(node) for node in op.convs]
-        shortcut = None if op.shortcut is None else self._conv(op.shortcut)
-        if not fits(x) or not all(takes(c, x) for c in (*convs, *([shortcut] if shortcut else []))):
-            return False
-        shape = tuple(x.shape)
-        for conv in convs:
-            shape = shape and output_shape(shape, conv)
-        return shape == (tuple(x.shape) if shortcut is None else output_shape(tuple(x.shape), shortcut))
+        return unit_fits(x, [self._conv(node) for node in op.convs], self._shortcut(op))
 
     def _unit_args(self, op: UnitOp) -> F.UnitArgs:
-        return F.UnitArgs(
-            [batch_norm_args(self._norm(pair), count=False) for pair in op.pairs],
-            [conv_args(self._conv(node)) for node in op.convs],
-            None if op.shortcut is None else conv_args(self._conv(op.shortcut)),
-            op.pairs[0].slope,
-        )
+        norms, convs = map(self._norm, op.pairs), map(self._conv, op.convs)
+        return unit_args(norms, convs, self._shortcut(op), op.pairs[0].slope)
+
+    def _shortcut(self, op: UnitOp) -> nn.Conv2d | None:
+        return None if op.shortcut is None else self._conv(op.shortcut)
 
     def _run_conv(self, op: ConvOp, values: _Values) -> Tensor:
         pair, conv = op.pair, self._conv(op.conv)

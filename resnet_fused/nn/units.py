@@ -130,6 +130,18 @@ def conv_args(conv: nn.Conv2d) -> F.ConvArgs:
     )
 
 
+def unit_args(
+    norms: Iterable[nn.BatchNorm2d], convs: Iterable[nn.Conv2d], shortcut: nn.Conv2d | None, slope: float
+) -> F.UnitArgs:
+    """What the operator of a whole unit is given. A norm without momentum counts the batch here."""
+    return F.UnitArgs(
+        [batch_norm_args(bn, count=False) for bn in norms],
+        [conv_args(conv) for conv in convs],
+        None if shortcut is None else conv_args(shortcut),
+        slope,
+    )
+
+
 class StatsModule:
     """A module that takes the statistics of its input and can return those of its output.
 
@@ -282,20 +294,14 @@ class _ResidualUnit(StatsModule):
         )
 
     def unit_args(self) -> F.UnitArgs | None:
-        """What the operator is given; None if it does not compute what the children do. A norm without
-        momentum counts the batch here."""
+        """:func:`unit_args` of the children; None if the operator does not compute what they do."""
         children = self._modules
         norms = [children[name] for name in self._norms]
         convs = [children[name] for name in self._convs]
         shortcut = self.shortcut
         if not is_projection(shortcut) or not all([is_fusable(child) for child in (*norms, *convs)]):
             return None
-        return F.UnitArgs(
-            [batch_norm_args(bn, count=False) for bn in norms],
-            [conv_args(conv) for conv in convs],
-            None if shortcut is None else conv_args(shortcut),
-            self.negative_slope,
-        )
+        return unit_args(norms, convs, shortcut, self.negative_slope)
 
     def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
         args = self.unit_args()
