@@ -72,12 +72,16 @@ def _gradients(dout, out, y, affine, gate, alpha, slope, output_mask):
     acc = acc_dtype(dout.dtype)
     dx = dy = dout.new_empty(0)
     daffine = dgate = empty_acc(dout, 0)
-    dsum = dout.to(acc)
-    if slope is not None:
-        dsum = torch.where(out > 0, dsum, dsum * slope if slope != 0 else 0.0)
+    dsum = dout
+    if slope is not None and slope == 0:
+        dsum = torch.ops.aten.threshold_backward(dout, out, 0)
+    elif slope is not None:
+        dsum = torch.ops.aten.leaky_relu_backward(dout.to(acc), out.to(acc), slope, True)
     if need_x:
         dx = dsum.to(dout.dtype)
-    dbranch = dsum * alpha
+    if not (need_y or need_affine or need_gate):
+        return dx, dy, daffine, dgate
+    dbranch = dsum.to(acc) * alpha
     gated = dbranch if gate is None else dbranch * gate[:, :, None, None]
     if need_y:
         dy = (gated if affine is None else gated * affine[0].view(1, -1, 1, 1)).to(dout.dtype)
@@ -93,9 +97,15 @@ def _gradients(dout, out, y, affine, gate, alpha, slope, output_mask):
     return dx, dy, daffine, dgate
 
 
+def _in_channels_last(dout, out):
+    """The gradients' format: the output's, where it is known. A global average pool leaves dout in another."""
+    return suggests_channels_last(dout if out is None else out)
+
+
 def _backward(dout, out, y, affine, gate, alpha, slope, output_mask):
+    as_channels_last = _in_channels_last(dout, out)
+    dout = canonical(dout, as_channels_last)
     dx, dy, daffine, dgate = _gradients(dout, out, y, affine, gate, alpha, slope, output_mask)
-    as_channels_last = suggests_channels_last(dout)
     if output_mask[0]:
         # Without an activation dx is dout itself, and an operator's output does not alias its input.
         dx = canonical(dx.clone() if dx is dout else dx, as_channels_last)
@@ -106,7 +116,7 @@ def _backward(dout, out, y, affine, gate, alpha, slope, output_mask):
 
 def _backward_fake(dout, out, y, affine, gate, alpha, slope, output_mask):
     need_x, need_y, need_affine, need_gate = output_mask
-    as_channels_last = suggests_channels_last(dout)
+    as_channels_last = _in_channels_last(dout, out)
     return (
         empty(dout.shape, dout, as_channels_last) if need_x else dout.new_empty(0),
         empty(dout.shape, dout, as_channels_last) if need_y else dout.new_empty(0),
@@ -148,14 +158,16 @@ class _ResidualAdd(Function):
             dx, need_x = dout, False
         if out is None and affine is None and gate is None and need_y:
             dy, need_y = dout if ctx.alpha == 1 else dout * ctx.alpha, False
-        mask = [need_x, need_y, need_affine, need_gate]
+        # Without a factor both gradients are one tensor, as those of x + y are.
+        shared = need_x and need_y and affine is None and gate is None and ctx.alpha == 1
+        mask = [need_x, need_y and not shared, need_affine, need_gate]
         if any(mask):
             results = call_in_backward(_BACKWARD_OP, dout, out, y, affine, gate, ctx.alpha, ctx.slope, mask)
             dx, dy, daffine, dgate = (
                 r if needed else before
                 for r, needed, before in zip(results, mask, (dx, dy, daffine, dgate), strict=True)
             )
-        return dx, dy, daffine, dgate, None, None, None
+        return dx, dx if shared else dy, daffine, dgate, None, None, None
 
 
 differentiable(_OP, _ResidualAdd.apply)
