@@ -14,7 +14,7 @@ import resnet_fused as rf
 
 CL = torch.channels_last
 
-pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread")
+pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread", "long_rows")
 
 
 @pytest.fixture

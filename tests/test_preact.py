@@ -140,3 +140,40 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(preact, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given, training=True), preact(*other, training=True))
     torch.testing.assert_close(given[3], other[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [7, 16, 20, 48])
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_gradient_in_another_format(channels, slope, dtype):
+    """What backward copies, because it is expanded or NCHW, it may overwrite; what it was given it may not."""
+    x = torch.randn(3, channels, 5, 4).to(dtype).contiguous(memory_format=CL).requires_grad_()
+    parameters = torch.float64 if dtype is torch.float64 else torch.float32
+    gamma, beta = torch.rand(channels, dtype=parameters) + 0.5, torch.randn(channels, dtype=parameters)
+    leaves = [x, gamma.requires_grad_(), beta.requires_grad_()]
+    out = preact(x, gamma, beta, None, None, training=True, negative_slope=slope)
+    dout = torch.randn(3, channels, 1, 1).to(dtype)
+    given = [dout.expand(out.shape), dout.expand(out.shape).contiguous()]
+    given.append(given[0].contiguous(memory_format=CL))
+    kept = [g.clone() for g in given]
+    results = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in given]
+    assert all(torch.equal(g, k) for g, k in zip(given, kept, strict=True))
+    with rf.record_dispatch():  # one primitive after another
+        results.append(torch.autograd.grad(out, leaves, given[0], retain_graph=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("channels, in_place", [(16, True), (20, False)])
+def test_writes_over_a_gradient_of_its_own(channels, in_place):
+    x, dout = (torch.randn(2, channels, 3, 3).contiguous(memory_format=CL) for _ in range(2))
+    stats = torch.ops.resnet_fused.channel_stats(x)
+    bn = torch.ops.resnet_fused.finalize_forward(stats, 18, None, None, None, None, 1e-5)
+    backward = torch.ops.resnet_fused_cpu.preact_backward
+    kept = dout.clone()
+    dx, sums = backward(dout, x, bn, True, 0.0, False)
+    assert torch.equal(dout, kept) and dx.data_ptr() != dout.data_ptr()
+    over, sums_over = backward(dout, x, bn, True, 0.0, True)
+    assert torch.equal(over, dx) and torch.equal(sums_over, sums)
+    assert (over.data_ptr() == dout.data_ptr()) == in_place

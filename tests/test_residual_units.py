@@ -19,7 +19,7 @@ from resnet_fused.functional import UnitArgs, residual_units
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread")
+pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread", "long_rows")
 
 
 @pytest.fixture
@@ -200,6 +200,12 @@ class TestRows:
         units = [basic(4, bias=False) for _ in range(37)]
         residual_units(batch(4), units)
         assert nodes == [12, 12, 13]
+
+    @pytest.mark.parametrize("count, row", [(3, 0), (7, 0), (8, 2), (17, 4), (64, 16), (110, 16)])
+    def test_a_quarter_of_them(self, nodes, monkeypatch, count, row):
+        monkeypatch.undo()  # of long_rows
+        lengths = [len(units) for units in residual_units_module._rows([basic(4)] * count)]
+        assert sum(lengths) == count and max(lengths) == (row or 1)
 
     def test_projections_have_their_own(self, nodes):
         row = [basic(8), basic(8), basic(8, 16, 2), basic(16), basic(16)]

@@ -1,6 +1,6 @@
 // The elementwise part of the unfused path: a = act(x*scale + shift), and its backward with BN's two
 // reductions.
-#include "tensor.h"
+#include "primitives.h"
 
 namespace resnet_fused {
 namespace {
@@ -23,13 +23,15 @@ Tensor bn_act_forward(const Tensor& x, const Tensor& bn, double slope) {
 }
 
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, const Tensor& bn,
-                                           const std::optional<Tensor>& dz_in, double slope) {
+                                           const std::optional<Tensor>& dz_in, double slope, bool into_da) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(da, "da", input, "input");
   if (dz_in) check_activation_like(*dz_in, "dz_in", input, "input");
   const Tensor bn_rows = check_acc(bn, "bn", 4, input.c, input.dtype);
   const DType acc = acc_dtype(input.dtype);
-  const Tensor dz = empty_activation(input.n, input.c, input.h, input.w, input.dtype);
+  const Tensor dz = into_da && may_overwrite(input)
+                        ? da
+                        : empty_activation(input.n, input.c, input.h, input.w, input.dtype);
   if (input.numel() == 0) return {dz, zeros_matrix(2, input.c, acc)};
   const Tensor sums = empty_matrix(2, input.c, acc);
   BnActParams params{};
@@ -47,16 +49,33 @@ std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, co
   return {dz, sums};
 }
 
+std::tuple<Tensor, Tensor> bn_act_backward_op(const Tensor& da, const Tensor& x, const Tensor& bn,
+                                              const std::optional<Tensor>& dz_in, double slope) {
+  return bn_act_backward(da, x, bn, dz_in, slope, false);
+}
+
+// BatchNorm -> activation, all of its backward: (dx, sums). into_dout: dx may take dout's memory.
+std::tuple<Tensor, Tensor> preact_backward(const Tensor& dout, const Tensor& x, const Tensor& bn, bool training,
+                                           double slope, bool into_dout) {
+  auto [dz, sums] = bn_act_backward(dout, x, bn, std::nullopt, slope, into_dout);
+  const int64_t count = x.size(0) * x.size(2) * x.size(3);
+  return {preact_apply(dz, x, finalize_backward(sums, bn, count, training), std::nullopt, true), sums};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("bn_act_forward(Tensor x, Tensor bn, float slope) -> Tensor");
   m.def("bn_act_backward(Tensor da, Tensor x, Tensor bn, Tensor? dz_in, float slope) -> (Tensor, Tensor)");
+  m.def(
+      "preact_backward(Tensor(a!) dout, Tensor x, Tensor bn, bool training, float slope, bool into_dout) "
+      "-> (Tensor(a!), Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("bn_act_forward", TORCH_BOX(&bn_act_forward));
-  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward_op));
+  m.impl("preact_backward", TORCH_BOX(&preact_backward));
 }
 
 }  // namespace resnet_fused

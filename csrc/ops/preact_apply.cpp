@@ -9,9 +9,7 @@ Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficient
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
   const Tensor rows = check_acc(coefficients, "coefficients", 4, input.c, input.dtype);
-  // Where channels do not fill the kernel's vectors, the last of a row goes through some of them twice.
-  constexpr int64_t kLanes = 16;
-  const Tensor dx = into_dz && input.c % kLanes == 0
+  const Tensor dx = into_dz && may_overwrite(input)
                         ? dz
                         : empty_activation(input.n, input.c, input.h, input.w, input.dtype);
   if (input.numel() == 0) return dx;

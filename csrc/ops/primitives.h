@@ -9,6 +9,13 @@
 
 namespace resnet_fused {
 
+// Whether an elementwise kernel may write over what it reads. Where channels do not fill its vectors, the last of a row goes
+// through some of them twice.
+inline bool may_overwrite(const Activation& tensor) {
+  constexpr int64_t kLanes = 16;
+  return tensor.c % kLanes == 0;
+}
+
 Tensor channel_stats(const Tensor& x);
 
 Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from resnet_fused import primitives
+from resnet_fused.primitives import dispatch
 from resnet_fused.primitives.layout import (
     canonical,
     channels_last,
@@ -124,9 +125,15 @@ def _backward(*args):
     if a.x.shape[0] == 0:
         return tuple(t.zero_() for t in _backward_outputs(*args))
     x, dout = channels_last(a.x), channels_last(a.dout)
-    dz, sums = primitives.bn_act_backward(dout, x, a.bn, None, a.negative_slope)
-    coefficients = primitives.finalize_backward(sums, a.bn, _count(x), a.training)
-    dx = primitives.preact_apply(dz, x, coefficients, None)
+    is_copy = dout is not a.dout  # as behind a global average pool
+    in_place = dispatch.select_several("bn_act_backward", "preact_backward", x)
+    if in_place is not None:
+        dx, sums = in_place(dout, x, a.bn, a.training, a.negative_slope, is_copy)
+    else:
+        dz, sums = primitives.bn_act_backward(dout, x, a.bn, None, a.negative_slope)
+        del dout
+        coefficients = primitives.finalize_backward(sums, a.bn, _count(x), a.training)
+        dx = primitives.preact_apply(dz, x, coefficients, None)
     return canonical(dx, suggests_channels_last(a.x)), sums
 
 

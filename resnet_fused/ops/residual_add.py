@@ -98,7 +98,7 @@ def _gradients(dout, out, y, affine, gate, alpha, slope, output_mask):
 
 
 def _in_channels_last(dout, out):
-    """The gradients' format: the output's, where it is known. A global average pool leaves dout in another."""
+    """The gradients' format: the output's, if known. Behind a global average pool dout has another."""
     return suggests_channels_last(dout if out is None else out)
 
 

@@ -1,9 +1,10 @@
 """residual_units: residual units in turn, as one autograd node where one C++ backend runs them.
 
 In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its
-kernels. Here they do it once for up to 16 units with identity shortcuts. What comes out is what the units
-give by themselves, to the bit; wherever something has to see the units one by one (torch.compile, functorch,
-a dispatch that is recorded, a backend that runs only some of the primitives), they are called one by one.
+kernels. Here they do it once for up to 16 units with identity shortcuts (a quarter of those in turn at most).
+What comes out is what the units give by themselves, to the bit; wherever something has to see the units one
+by one (torch.compile, functorch, a dispatch that is recorded, a backend that runs only some of the
+primitives), they are called one by one.
 """
 
 from collections.abc import Sequence
@@ -27,10 +28,11 @@ from .residual_unit import as_dtype, check_unit, known_geometry, residual_unit
 from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, count_of, split
 
 #: Units in one node at most. A node's saved tensors are freed, and its gradients handed to
-#: DistributedDataParallel, only when all of it is done. For the same reason a projecting unit has a node of
-#: its own: its input is larger than what is saved for the units behind it, and peak memory would be reached
-#: there.
+#: DistributedDataParallel, only when all of it is done. For the same reason one part in SHARE of the units in
+#: turn is the most (two units in a node cost a net of nine 4 % of peak memory), and a projecting unit has a
+#: node of its own: its input is larger than what is saved for the units behind it.
 MOST = 16
+SHARE = 4
 
 
 class UnitArgs(NamedTuple):
@@ -82,7 +84,7 @@ def _rows(units: list[UnitArgs]) -> list[list[UnitArgs]]:
             rows.append([unit])
     cut = []
     for row in rows:
-        nodes = -(-len(row) // MOST)
+        nodes = -(-len(row) // max(1, min(MOST, len(row) // SHARE)))
         cut += [row[len(row) * i // nodes : len(row) * (i + 1) // nodes] for i in range(nodes)]
     return cut
 
