@@ -181,19 +181,24 @@ def test_both_gradients_of_1x1_where_there_is_no_kernel():
     assert not has_kernel(x, torch.randn(4, 8, 3, 1), (1, 1), (0, 0), (1, 1), 1)
 
 
-@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("dtype, parameters", [
+    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+], ids=name_of)  # fmt: skip
+@pytest.mark.parametrize("c, k", [(37, 75), (64, 32), (33, 48)])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("backend", CPU, indirect=True)
-def test_weights_of_every_layout(backend, kernel, parameters):
+def test_weights_of_every_layout(backend, kernel, c, k, dtype, parameters):
     """Packed from any layout the weights are the same, direct (stride 2) and by Winograd's filtering (stride 1)."""
-    x = torch.randn(3, 37, 6, 6).to(torch.bfloat16).contiguous(memory_format=CL)
-    weight, bn = torch.randn(75, 37, kernel, kernel).to(parameters), bn_rows(37, torch.bfloat16)
-    layouts = [weight.contiguous(memory_format=CL), weight.transpose(0, 1).contiguous().transpose(0, 1)]
+    x = torch.randn(3, c, 6, 6).to(dtype).contiguous(memory_format=CL)
+    weight, bn = torch.randn(k, c, kernel, kernel).to(parameters), bn_rows(c, dtype)
+    weight.view(-1)[::11] *= 1e-39  # denormals
+    layouts = [weight, weight.contiguous(memory_format=CL), weight.transpose(0, 1).contiguous().transpose(0, 1)]
     layouts.append(weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))  # output channels next to each other
+    apart = weight.new_empty(k, 2 * c, kernel, 2 * kernel)[:, ::2, :, ::2].copy_(weight)  # no neighbours
     for stride in (1, 2):
         geometry = ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
-        y, _ = primitives.preact_conv_forward(x, bn, weight, None, None, 0.0, *geometry, False)
-        dz, _ = primitives.preact_conv_dgrad(y, weight, x, bn, None, 0.0, *geometry)
+        y, _ = primitives.preact_conv_forward(x, bn, apart, None, None, 0.0, *geometry, False)
+        dz, _ = primitives.preact_conv_dgrad(y, apart, x, bn, None, 0.0, *geometry)
         for other in layouts:
             assert torch.equal(primitives.preact_conv_forward(x, bn, other, None, None, 0.0, *geometry, False)[0], y)
             assert torch.equal(primitives.preact_conv_dgrad(y, other, x, bn, None, 0.0, *geometry)[0], dz)

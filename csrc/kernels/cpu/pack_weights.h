@@ -126,6 +126,104 @@ template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack
   return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
 }
 
+// Whole vectors of outputs, where inputs or outputs are neighbours in memory, go from there to their place by way of registers.
+#if RF_LEVEL >= 2
+// A vector of outputs, [unit][lane] of `channels` input channels of one tap; in_stride or out_stride is 1.
+template <typename T, typename S>
+RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
+  constexpr int64_t L = kLanes<float>;
+  const auto value = [](vfloat v) __attribute__((always_inline)) { return sizeof(S) == sizeof(T) ? v : rounded<T>(v); };
+  if (out_stride == 1) {
+    for (int64_t channel = 0; channel < channels; ++channel) store(out + channel * width, value(load(from + channel * in_stride)));
+    return;
+  }
+  for (int64_t channel = 0; channel < channels; channel += L) {
+    const int64_t valid = min64(L, channels - channel);
+    __m512 rows[L];
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const S* const line = from + lane * out_stride + channel;
+      rows[lane] = (__m512)value(valid == L ? load(line) : load_partial(line, int(valid)));
+    }
+    transpose(rows);
+    if (valid == L) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
+    } else {
+      for (int64_t i = 0; i < valid; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
+    }
+  }
+}
+#endif
+
+#if RF_LEVEL >= 3
+// 32 neighbours in memory, or the first n, as bfloat16.
+RF_INLINE vuint32 load_halves(const float* p, int64_t n) {
+  constexpr int64_t L = kLanes<float>;
+  if (n >= 2 * L) return pack_halves(load(p), load(p + L));
+  return pack_halves(n >= L ? load(p) : load_partial(p, int(n)), n > L ? load_partial(p + L, int(n - L)) : vfloat{});
+}
+RF_INLINE vuint32 load_halves(const bf16* p, int64_t n) {
+  return n >= kWordChannels ? load_words(p) : (vuint32)_mm512_maskz_loadu_epi16(first_halves(n), p);
+}
+
+// 32 outputs, [pair of input channels][even outputs, odd outputs] of `channels` input channels of one tap.
+template <typename S>
+RF_INLINE void pack_pairs(uint32_t* out, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
+  constexpr int64_t L = kLanes<float>, kWidth = kWordChannels;
+  if (out_stride == 1) {
+    for (int64_t channel = 0; channel < channels; channel += 2, out += kWidth) {
+      const S* const line = from + channel * in_stride;
+      const vuint32 low = load_halves(line, kWidth), high = channel + 1 < channels ? load_halves(line + in_stride, kWidth) : vuint32{};
+      const vuint32 even = (low & 0xffffu) | high << 16, odd = low >> 16 | (high & 0xffff0000u);
+      memcpy(out, &even, sizeof even);
+      memcpy(out + L, &odd, sizeof odd);
+    }
+    return;
+  }
+  for (int64_t channel = 0; channel < channels; channel += kWidth) {
+    const int64_t valid = min64(kWidth, channels - channel), pairs = divide_up(valid, 2);
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      __m512 rows[L];
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < L; ++lane)
+        rows[lane] = (__m512)load_halves(from + (2 * lane + odd) * out_stride + channel, valid);
+      transpose(rows);
+      uint32_t* const to = out + channel / 2 * kWidth + odd * L;
+      if (pairs == L) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i) memcpy(to + i * kWidth, &rows[i], sizeof rows[i]);
+      } else {
+        for (int64_t i = 0; i < pairs; ++i) memcpy(to + i * kWidth, &rows[i], sizeof rows[i]);
+      }
+    }
+  }
+}
+#endif
+
+// Whole output blocks of one tap of weights in dtype S; false: not for this mode, layout or SIMD level.
+template <typename M, typename T, typename S>
+static bool pack_neighbours(typename M::Unit* out, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride,
+                            int vectors) {
+  if (in_stride != 1 && out_stride != 1) return false;
+#if RF_LEVEL >= 3
+  if constexpr (kPairedOutputs<M>) {
+    if (vectors != 2) return false;
+    pack_pairs(out, from, channels, in_stride, out_stride);
+    return true;
+  }
+#endif
+#if RF_LEVEL >= 2
+  if constexpr (M::kUnitChannels == 1 && sizeof(typename M::A) == sizeof(float)) {
+    for (int v = 0; v < vectors; ++v)
+      pack_vector<T>(out + v * kLanes<float>, vectors * kLanes<float>, from + v * kLanes<float> * out_stride, channels,
+                     in_stride, out_stride);
+    return true;
+  }
+#endif
+  return false;
+}
+
 // Packs [tap][in unit][out lane] of one output block, a whole one in the order that kPairedOutputs tells. taps_r/taps_s:
 // the kernel position of every tap.
 template <typename M, typename T>
@@ -136,6 +234,18 @@ static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t ou
   constexpr int L = kLanes<A>, kUnits = kPackChannels / M::kUnitChannels;
   const int vectors = pack_vectors<M>(pack, out_block);
   const int64_t width = vectors * L;
+  if (pack.out_channels - out_block * kOutBlock<A> >= width) {
+    bool packed = true;
+    for (int64_t tap = 0; packed && tap < pack.taps; ++tap) {
+      const int64_t at = taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s + out_block * kOutBlock<A> * out_stride;
+      typename M::Unit* const to = out + tap * pack.in_units * width;
+      packed = layout.is_acc ? pack_neighbours<M, T>(to, static_cast<const A*>(weight) + at, pack.in_channels, in_stride,
+                                                     out_stride, vectors)
+                             : pack_neighbours<M, T>(to, static_cast<const T*>(weight) + at, pack.in_channels, in_stride,
+                                                     out_stride, vectors);
+    }
+    if (packed) return;
+  }
   WeightBlock<T> block;
   for (int v = 0; v < vectors; ++v) {
     const int64_t first = out_block * kOutBlock<A> + v * L, lanes = min64(L, pack.out_channels - first);
