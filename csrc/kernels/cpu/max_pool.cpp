@@ -59,7 +59,8 @@ template <typename A> RF_INLINE Offsets<A> load_bytes(const uint8_t* p) {
 #endif
 }
 
-// A block's bytes beside its values (Block::load and store): pairs of bf16 vectors hold the even channels apart from the odd.
+// A block's bytes beside its values (Block::load and store): pairs of bf16 vectors hold the even channels apart
+// from the odd.
 template <typename T, int N, bool kPartial>
 RF_INLINE void store_offsets(const Block<T, N, kPartial>& block, uint8_t* p, const Offsets<Acc<T>>* offsets) {
   typedef Acc<T> A;
@@ -130,7 +131,8 @@ template <typename T> struct MaxPool {
   const MaxPoolParams& params;
   int64_t task_rows;
 
-  // Takes v where it is larger or NaN, in the order of rows, then columns, from the first position inside: PyTorch's rule.
+  // PyTorch's rule: from the first position inside, in the order of rows, then columns, takes what is larger or
+  // NaN.
   template <typename B>
   void forward_pixel(int64_t first, int64_t output, Range rows, Range columns, int64_t channel, B block) const {
     constexpr int N = B::kCount;
