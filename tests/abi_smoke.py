@@ -66,6 +66,14 @@ def raw_operators():
     out, _ = ops.residual_add(dy, residual, None, None, 0.5, None, True)
     close("residual_add", out, dy + 0.5 * residual)
 
+    windows = [3, 3], [2, 2], [1, 1]
+    pooled, offsets = ops.max_pool_forward(x, *windows)
+    xp = x.clone().requires_grad_()
+    y_pooled = F.max_pool2d(xp, *windows)
+    y_pooled.backward(pooled)
+    close("max_pool_forward", pooled, y_pooled.detach())
+    close("max_pool_backward", ops.max_pool_backward(pooled, offsets, x.shape[2:], *windows), xp.grad)
+
     running_mean, running_var = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     ops.update_running_stats(running_mean, running_var, stats, count, 0.1)
     close("update_running_stats", running_var, 0.9 + 0.1 * x.var((0, 2, 3)))

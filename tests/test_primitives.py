@@ -652,6 +652,14 @@ class TestRegistered:
         ("preact_conv_wgrad", 0, torch.zeros(2, 6, 5, 4), "expected dy of size"),
         ("preact_conv_wgrad", 3, torch.zeros(6, 3), "expected 4D weight (got 2D weight)"),
         ("preact_conv_backward_1x1", 1, torch.zeros(6, 3, 3, 3), "expected weight to be of a 1x1 kernel"),
+        ("max_pool_forward", 0, torch.zeros(3, 4), "expected 4D x (got 2D x)"),
+        ("max_pool_forward", 1, [17, 16], "expected kernel_size of 1 to 256 positions, but got (17, 16)"),
+        ("max_pool_forward", 2, [0, 1], "stride should be greater than zero"),
+        ("max_pool_forward", 3, [2, 0], "padding should be from 0 to half of the kernel size"),
+        ("max_pool_forward", 1, [9, 3], "Calculated output size: (3x0x2). Output size is too small"),
+        ("max_pool_backward", 0, torch.zeros(2, 3, 2, 2), "expected dy of size [2, 3, 3, 2] (y)"),
+        ("max_pool_backward", 1, torch.zeros(2, 3, 3, 2), "offsets to have dtype uint8, but got float32"),
+        ("max_pool_backward", 1, torch.zeros(2, 3, 3, 3).byte(), "expected offsets of size [2, 3, 3, 2]"),
         ("finalize_forward", 0, None, "expected stats, or running_mean and running_var"),
         ("finalize_forward", 4, torch.zeros(4), "expected weight of size [3]"),
         ("finalize_backward", 0, torch.zeros(3, 3), "expected sums of size [2, 3]"),
@@ -677,11 +685,15 @@ class TestRegistered:
         x, dy, bn = torch.randn(2, 3, 5, 4), torch.randn(2, 6, 3, 2), bn_rows(3, torch.float32)
         weight, geometry = torch.randn(6, 3, 3, 3), ([2, 2], [1, 1], [1, 1], 1)
         stats = torch.rand(2, 3)
+        windows = [3, 3], [2, 2], [1, 1]
+        pooled, offsets = reference.max_pool_forward(x, *windows)
         return {
             "channel_stats": (x,),
             "finalize_forward": (stats, 40, None, None, torch.randn(3), None, 1e-5),
             "bn_act_forward": (x, bn, 0.0),
             "bn_act_backward": (x, x, bn, x, 0.1),
+            "max_pool_forward": (x, *windows),
+            "max_pool_backward": (pooled, offsets, [5, 4], *windows),
             "preact_conv_forward": (x, bn, weight, torch.randn(6), dy, 0.0, *geometry, True),
             "preact_conv_dgrad": (dy, weight, x, bn, None, 0.0, *geometry),
             "preact_conv_backward_1x1": (torch.randn(2, 6, 5, 4), weight[..., :1, :1], x, bn, x, 0.1, True),

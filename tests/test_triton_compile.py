@@ -141,6 +141,7 @@ class PassCase(NamedTuple):
         import importlib
 
         from resnet_fused.triton_kernels import configs, launch
+        from resnet_fused.triton_kernels.geometry import window_geometry
 
         module = importlib.import_module(f"resnet_fused.triton_kernels.{self.primitive}")
         on, dtype = launch.Target(self.arch, MULTIPROCESSORS[self.arch]), getattr(torch, self.dtype)
@@ -161,15 +162,20 @@ class PassCase(NamedTuple):
             return [module.plan(None, self.c, 9, True), module.plan(None, self.c, 9, False)]
         if self.primitive == "update_running_stats":
             return [module.plan(None, self.c, (torch.float32, dtype), 9, 0.1)]
+        shape = (64, self.c, 28, 28)
         configs.use_measured(lambda problem: self.config)
         try:
-            plan = module.Plan(on, dtype, (64, self.c, 28, 28), *options[self.primitive])
+            if self.primitive.startswith("max_pool"):
+                plan = module.Plan(on, dtype, window_geometry(shape, (3, 3), (2, 2), (1, 1)))
+            else:
+                plan = module.Plan(on, dtype, shape, *options[self.primitive])
         finally:
             configs.use_measured(None)
         return plan.launches()[:1]  # the mergers are compiled with the convolutions
 
 
-PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add")
+PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add",
+          "max_pool_forward", "max_pool_backward")  # fmt: skip
 FINALIZE = ("finalize_forward", "finalize_backward", "update_running_stats")
 
 

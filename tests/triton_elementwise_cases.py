@@ -1,6 +1,8 @@
 """The Triton kernels beside the convolutions against the float64 oracle: elementwise, statistics, finalize.
 Collected by test_triton_kernels.py, like triton_cases.py."""
 
+import importlib
+
 import pytest
 import torch
 from test_primitives import (
@@ -25,6 +27,8 @@ from resnet_fused.triton_kernels.bn_act_forward import bn_act_forward
 from resnet_fused.triton_kernels.channel_stats import channel_stats
 from resnet_fused.triton_kernels.finalize_backward import finalize_backward
 from resnet_fused.triton_kernels.finalize_forward import finalize_forward
+from resnet_fused.triton_kernels.max_pool_backward import max_pool_backward
+from resnet_fused.triton_kernels.max_pool_forward import max_pool_forward
 from resnet_fused.triton_kernels.preact_apply import preact_apply
 from resnet_fused.triton_kernels.preact_conv_forward import preact_conv_forward
 from resnet_fused.triton_kernels.residual_add import residual_add
@@ -130,6 +134,35 @@ def test_statistics_of_outputs_overflow_to_inf():
     assert bn.isfinite().all() and not bn[1].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [
+        ((2, 35, 19, 12), ((3, 3), (2, 2), (1, 1))),
+        ((2, 3, 9, 7), ((3, 3), (1, 1), (1, 1))),
+        ((1, 64, 6, 8), ((2, 2), (2, 2), (0, 0))),
+        ((2, 17, 11, 9), ((5, 4), (2, 3), (1, 2))),
+        ((1, 130, 7, 5), ((2, 2), (3, 3), (0, 0))),
+        ((2, 1, 17, 17), ((16, 16), (1, 1), (8, 8))),
+    ],
+    ids=str,
+)
+def test_max_pool(dtype, size, windows):
+    """Ties, NaN, inf and windows of -inf; gradients of float32 to the bit, as both add in one order."""
+    x = torch.randint(-4, 5, size).to(dtype).contiguous(memory_format=CL)
+    x[0, 0, 1, 1], x[0, 0, 2, 3], x[-1, -1] = torch.nan, torch.inf, -torch.inf
+    y, offsets = run(max_pool_forward, x, *windows)
+    expected, positions = reference.max_pool_forward(x, *windows)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(offsets, positions) and y.stride() == expected.stride() == offsets.stride()
+    args = (torch.randn(y.shape).to(dtype).contiguous(memory_format=CL), offsets, size[2:], *windows)
+    dx, plain = run(max_pool_backward, *args), reference.max_pool_backward(*args)
+    if dtype == torch.float32:
+        assert torch.equal(dx, plain)
+    else:
+        check_activation("dx", dx, plain, reference.max_pool_backward(args[0].double(), *args[1:]))
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.1])
 def test_elementwise_not_finite(slope):
     """NaN and inf come out where plain PyTorch has them, and ReLU(-inf) is 0."""
@@ -219,6 +252,10 @@ def test_elementwise_empty():
     out, stats = residual_add(x, x, None, None, 1.0, None, True)
     assert out.shape == x.shape and torch.equal(stats.cpu(), torch.zeros(2, 4))
     assert residual_add(x, x, None, None, 1.0, None, False)[1].shape == (0,)
+    windows = (3, 3), (2, 2), (1, 1)
+    y, offsets = max_pool_forward(x, *windows)
+    assert y.shape == offsets.shape == (0, 4, 3, 3)
+    assert max_pool_backward(y, offsets, (5, 5), *windows).shape == x.shape
 
 
 def test_elementwise_offsets_of_64_bits(monkeypatch):
@@ -231,13 +268,17 @@ def test_elementwise_offsets_of_64_bits(monkeypatch):
         return t._replace(constants=(unit, True, rows, columns))
 
     tests, size = TestElementwise(), (1, 6, 5, 7)
-    for name in ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add"):
+    for name in ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add",
+                 "max_pool_forward", "max_pool_backward"):  # fmt: skip
         monkeypatch.setattr(f"resnet_fused.triton_kernels.{name}.tiling", with_wide_offsets)
     tests.test_channel_stats(torch.float32, size)
     tests.test_bn_act_forward(torch.float16, size, 0.1)
     tests.test_bn_act_backward(torch.float32, size, True)
     tests.test_preact_apply(torch.float16, size, True)
     tests.test_residual_add(torch.float32, size, True, "channels", 0.2)
+    for kernel in (max_pool_forward, max_pool_backward):
+        importlib.import_module(kernel.__module__)._plan.cache_clear()
+    test_max_pool(torch.float32, (2, 6, 9, 7), ((3, 3), (2, 2), (1, 1)))
 
 
 def test_tilings():

@@ -76,6 +76,17 @@ struct ResidualAddParams {
   Parallel parallel;
 };
 
+struct MaxPoolParams {
+  ConvGeometry g;        // of the windows: k == c, dilation 1, groups 1, r * s <= 256
+  const void* x;         // forward only: [N, H, W, C]
+  void* y;               // forward only: [N, P, Q, C]
+  uint8_t* offsets;      // forward only: [N, P, Q, C], position r * g.s + s of the window's largest element
+  const uint8_t* taken;  // backward only: the same, read
+  const void* dy;        // backward only: [N, P, Q, C]
+  void* dx;              // backward only: [N, H, W, C]
+  Parallel parallel;
+};
+
 // Strides of a weight [k, c, r, s] in elements: weights come in any layout.
 struct WeightLayout {
   int64_t stride_k, stride_c, stride_r, stride_s;
@@ -131,6 +142,8 @@ struct CpuKernels {
   void (*bn_act_backward[kDTypes])(const BnActParams&);
   void (*preact_apply[kDTypes])(const PreactApplyParams&);
   void (*residual_add[kDTypes])(const ResidualAddParams&);
+  void (*max_pool_forward[kDTypes])(const MaxPoolParams&);
+  void (*max_pool_backward[kDTypes])(const MaxPoolParams&);
   void (*preact_conv_forward[kDTypes])(const PreactConvForwardParams&);
   void (*preact_conv_dgrad[kDTypes])(const PreactConvDgradParams&);
   void (*preact_conv_wgrad[kDTypes])(const PreactConvWgradParams&);

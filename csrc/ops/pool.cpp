@@ -191,17 +191,19 @@ int32_t shim_dtype(DType dtype) {
   return codes[static_cast<int>(dtype)];
 }
 
+namespace {
+
 torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
-                                    DType dtype) {
+                                    int32_t code, size_t element_size) {
   const int32_t cpu = aoti_torch_device_type_cpu();
-  size_t bytes = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  size_t bytes = element_size;
   for (int64_t d = 0; d < dimensions; ++d) bytes *= static_cast<size_t>(sizes[d]);
   AtenTensorHandle handle = nullptr;
   if (bytes >= kSmallest && torch_from_blob != nullptr && Pool::instance().enabled()) {
     if (void* data = Pool::instance().acquire(bytes)) {
       // Device index -1, as a CPU tensor has it.
       const AOTITorchError error =
-          torch_from_blob(data, dimensions, sizes, strides, 0, shim_dtype(dtype), cpu, -1, &handle,
+          torch_from_blob(data, dimensions, sizes, strides, 0, code, cpu, -1, &handle,
                           aoti_torch_layout_strided(), nullptr, 0, &release_block, nullptr);
       if (error == AOTI_TORCH_SUCCESS) return torch::stable::Tensor(handle);
       Pool::instance().release(data);
@@ -210,8 +212,20 @@ torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, co
   }
   // Also where memory ran out: torch's allocator raises with its usual message.
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dimensions, sizes, strides, shim_dtype(dtype), cpu, 0, &handle));
+      aoti_torch_empty_strided(dimensions, sizes, strides, code, cpu, 0, &handle));
   return torch::stable::Tensor(handle);
+}
+
+}  // namespace
+
+torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
+                                    DType dtype) {
+  const size_t element_size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return empty_strided(dimensions, sizes, strides, shim_dtype(dtype), element_size);
+}
+
+torch::stable::Tensor empty_strided_bytes(int64_t dimensions, const int64_t* sizes, const int64_t* strides) {
+  return empty_strided(dimensions, sizes, strides, aoti_torch_dtype_uint8(), 1);
 }
 
 namespace {

@@ -24,5 +24,7 @@ int32_t shim_dtype(DType dtype);
 // An uninitialised CPU tensor with dense strides, from the pool if it is large.
 torch::stable::Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
                                     DType dtype);
+// The same of uint8.
+torch::stable::Tensor empty_strided_bytes(int64_t dimensions, const int64_t* sizes, const int64_t* strides);
 
 }  // namespace resnet_fused

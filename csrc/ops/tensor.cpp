@@ -47,9 +47,10 @@ void check_device(const Tensor& tensor, const char* name) {
 
 bool has_dtype(const Tensor& tensor, DType dtype) { return dtype_code(tensor) == shim_dtype(dtype); }
 
-Activation check_activation(const Tensor& tensor, const char* name) {
-  check_device(tensor, name);
-  const DType dtype = check_dtype(tensor, name);
+namespace {
+
+// The sizes and dense channels_last strides of a tensor whose dtype has been checked.
+Activation check_layout(const Tensor& tensor, const char* name, DType dtype) {
   const auto sizes = tensor.sizes();
   RF_CHECK(sizes.size() == 4, "expected 4D ", name, " (got ", sizes.size(), "D ", name, ")");
   const Activation a{sizes[0], sizes[1], sizes[2], sizes[3], dtype, tensor.const_data_ptr()};
@@ -63,16 +64,35 @@ Activation check_activation(const Tensor& tensor, const char* name) {
   return a;
 }
 
+void check_size(const Tensor& tensor, const char* name, const Activation& a, const Activation& expected,
+                const char* like) {
+  const int64_t want[] = {expected.n, expected.c, expected.h, expected.w};
+  RF_CHECK(a.n == expected.n && a.c == expected.c && a.h == expected.h && a.w == expected.w, "expected ",
+           name, " of size ", to_string(IntHeaderOnlyArrayRef(want, 4)), " (", like, "), but got ",
+           to_string(tensor.sizes()));
+}
+
+}  // namespace
+
+Activation check_activation(const Tensor& tensor, const char* name) {
+  check_device(tensor, name);
+  return check_layout(tensor, name, check_dtype(tensor, name));
+}
+
 Activation check_activation_like(const Tensor& tensor, const char* name, const Activation& expected,
                                  const char* like) {
   const Activation a = check_activation(tensor, name);
   RF_CHECK(a.dtype == expected.dtype, "expected ", name, " to have the dtype of ", like, ", ",
            dtype_name(expected.dtype), ", but got ", dtype_name(a.dtype));
-  const int64_t want[] = {expected.n, expected.c, expected.h, expected.w};
-  RF_CHECK(a.n == expected.n && a.c == expected.c && a.h == expected.h && a.w == expected.w, "expected ",
-           name, " of size ", to_string(IntHeaderOnlyArrayRef(want, 4)), " (", like, "), but got ",
-           to_string(tensor.sizes()));
+  check_size(tensor, name, a, expected, like);
   return a;
+}
+
+void check_bytes_like(const Tensor& tensor, const char* name, const Activation& expected, const char* like) {
+  check_device(tensor, name);
+  RF_CHECK(tensor.scalar_type() == ScalarType::Byte, "expected ", name, " to have dtype uint8, but got ",
+           dtype_name(tensor));
+  check_size(tensor, name, check_layout(tensor, name, expected.dtype), expected, like);
 }
 
 Tensor check_acc(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, DType dtype) {
@@ -91,6 +111,12 @@ Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, DType dtype)
   // As torch.empty(memory_format=channels_last) has them, sizes 0 included.
   const int64_t strides[] = {h * w * c, 1, w * c, c};
   return empty_strided(4, sizes, strides, dtype);
+}
+
+Tensor empty_bytes(int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t sizes[] = {n, c, h, w};
+  const int64_t strides[] = {h * w * c, 1, w * c, c};
+  return empty_strided_bytes(4, sizes, strides);
 }
 
 Tensor empty_matrix(int64_t rows, int64_t columns, DType dtype) {

@@ -46,6 +46,8 @@ Activation check_activation(const Tensor& tensor, const char* name);
 // The same, and of the given size and dtype; `like` names the tensor that set them.
 Activation check_activation_like(const Tensor& tensor, const char* name, const Activation& expected,
                                  const char* like);
+// The same of uint8, a byte per element of the expected activation.
+void check_bytes_like(const Tensor& tensor, const char* name, const Activation& expected, const char* like);
 inline const void* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
@@ -55,6 +57,7 @@ Tensor check_acc(const Tensor& tensor, const char* name, int64_t rows, int64_t c
 
 // Uninitialised outputs. Activations are channels_last and come from the pool (pool.h) when large.
 Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, DType dtype);
+Tensor empty_bytes(int64_t n, int64_t c, int64_t h, int64_t w);  // the same of uint8
 Tensor empty_matrix(int64_t rows, int64_t columns, DType dtype);
 Tensor empty_vector(int64_t length, DType dtype);
 Tensor zeros_matrix(int64_t rows, int64_t columns, DType dtype);

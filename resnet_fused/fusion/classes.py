@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 __all__ = [
-    "ROWS", "UNIT", "exchange", "is_fused", "original_class", "plain_forward", "restore", "runs_rows", "serves",
+    "POOL", "ROWS", "UNIT", "exchange", "is_fused", "keeps_bytes", "original_class", "plain_forward",
+    "restore", "runs_rows", "serves",
 ]  # fmt: skip
 
 UNIT, ROWS = "a fused unit", "a Sequential that runs rows of fused units"
+POOL = "a max pool that keeps one byte per output"
 
 _forwards: dict[str, Callable] = {}
 _classes: dict[tuple[type, str], type] = {}
@@ -46,6 +48,11 @@ def is_fused(module: nn.Module) -> bool:
 def runs_rows(module: nn.Module) -> bool:
     """Whether a module is a Sequential that runs rows of fused units."""
     return _kind(module) == ROWS
+
+
+def keeps_bytes(module: nn.Module) -> bool:
+    """Whether a module is a max pool that keeps one byte per output."""
+    return _kind(module) == POOL
 
 
 def original_class(module: nn.Module) -> type:

@@ -9,6 +9,7 @@ from torch import nn
 
 from .analysis import analyze
 from .classes import is_fused
+from .pools import exchange_pools, restore_pools
 from .rows import exchange_sequentials, restore_sequentials
 from .unit import convert, restore, state_of
 
@@ -30,7 +31,8 @@ def fuse(
     attributes are called, and so are residual additions and projections of the pre-activation. Modules,
     parameters, buffers, names, hooks, training flags and references of an optimizer stay what they are; a
     unit's class becomes a subclass of itself, and so does that of an ``nn.Sequential`` in which units follow
-    one another, which then share autograd nodes. What cannot be shown to be equal is left alone
+    one another, which then share autograd nodes, and of an ``nn.MaxPool2d``, which then keeps one byte per
+    output for backward. What cannot be shown to be equal is left alone
     (:func:`explain` says why). A unit reads its parameters and settings when it is called; where its layers
     have been changed (hooks, other classes, other attributes) it is looked at anew. Under torch.compile,
     torch.export, torch.jit.trace, torch.func and forward-mode AD the original forward runs.
@@ -39,7 +41,7 @@ def fuse(
         model: any module.
         memory_format: format that 4-D parameters are brought to; channels_last is the fast one. None leaves
             them.
-        filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit alone.
+        filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit, or this max pool, alone.
         strict: raise if a norm, an activation and a convolution that follow one another are left alone.
 
     Returns:
@@ -57,6 +59,7 @@ def fuse(
         lines = [f"  {norm.name}: {norm.reason}" for norm in refused]
         raise RuntimeError("\n".join([f"fuse(strict=True): {len(refused)} norms were left alone", *lines]))
     restore_sequentials(model)
+    restore_pools(model)
     for module in model.modules():
         if is_fused(module) and module not in found.units:
             restore(module)
@@ -64,6 +67,8 @@ def fuse(
         convert(module)
         state_of(module).hand_on = module in found.hand_on
     exchange_sequentials(model)
+    if found.units:  # a model with nothing else to fuse stays as it is
+        exchange_pools(model, filter_fn)
     if memory_format is not None:
         strides = model.__dict__.setdefault(_STRIDES, {})
         before = {name: value.stride() for name, value in _tensors(model) if value.dim() == 4}
@@ -81,6 +86,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         model, in place; its ``state_dict`` is that of a model that has never been fused, byte for byte.
     """
     restore_sequentials(model)
+    restore_pools(model)
     for module in model.modules():
         if is_fused(module):
             restore(module)

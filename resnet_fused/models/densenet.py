@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import functional as fused_functions
 from ..nn import dense, reference, units
 from .initialization import initialize
 
@@ -116,7 +117,8 @@ class DenseNet(nn.Module):
         x = features.conv0(x)
         if self.stem == "imagenet":
             x = reference.activation(features.norm0(x), self.negative_slope)
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
+            pool = fused_functions.max_pool2d if self.fused else F.max_pool2d
+            x = pool(x, 3, stride=2, padding=1)
         x_stats = None
         for index in range(1, self.blocks + 1):
             block = getattr(features, f"denseblock{index}")

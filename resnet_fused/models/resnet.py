@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import functional as fused_functions
 from ..fusion import fuse
+from ..fusion.unit import captured
 from ..nn import reference
 from ..nn.reference.residual_unit import PREACTIVATION_ORDERS, ResidualUnit, one_of
 from .initialization import initialize
@@ -164,7 +166,9 @@ class ResNet(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(x)
         if self.stem == "imagenet":
-            x = F.max_pool2d(self.activate(self.bn1(x)), 3, stride=2, padding=1)
+            # As with the units: what PyTorch looks at itself is the plain net.
+            pool = fused_functions.max_pool2d if self.fused and not captured() else F.max_pool2d
+            x = pool(self.activate(self.bn1(x)), 3, stride=2, padding=1)
         elif self.order == "relu_only_preactivation":
             x = self.bn1(x)  # the first unit activates it
         elif self.order != "full_preactivation":

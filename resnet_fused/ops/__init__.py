@@ -3,6 +3,7 @@ autograd, autocast and public function, one file each."""
 
 from .arguments import BatchNormArgs, ConvArgs
 from .conv2d_stats import conv2d_stats
+from .max_pool2d import max_pool2d
 from .preact import preact
 from .preact_conv2d import preact_conv2d
 from .residual_add import residual_add
@@ -14,6 +15,7 @@ __all__ = [
     "ConvArgs",
     "UnitArgs",
     "conv2d_stats",
+    "max_pool2d",
     "preact",
     "preact_conv2d",
     "residual_add",

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -50,6 +51,19 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
             )
         return (value[0], value[1])
     return (value, value)
+
+
+def pooling_pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """An option of a pooling, with max_pool2d's errors."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for number in values:
+        if not isinstance(number, (int, torch.SymInt)):
+            kind = type(number).__name__
+            raise TypeError(f"max_pool2d(): argument '{name}' must be tuple of ints, not {kind}")
+    if len(values) not in (1, 2):
+        may_be = "be omitted, a single int" if name == "stride" else "be a single int"
+        raise RuntimeError(f"max_pool2d: {name} must either {may_be}, or a tuple of two ints")
+    return (values[0], values[-1])
 
 
 def resolve_padding(padding, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]):

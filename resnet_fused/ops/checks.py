@@ -8,7 +8,8 @@ check.
 import torch
 from torch import Tensor
 
-from resnet_fused.primitives.layout import acc_dtype, convolution_output_size
+from resnet_fused.primitives.checks import MOST_POSITIONS
+from resnet_fused.primitives.layout import acc_dtype, convolution_output_size, pool_output_shape
 
 _TYPE_NAMES = {
     torch.float32: "float",
@@ -205,3 +206,41 @@ def acc_operand(t: Tensor, name: str, shapes: tuple[tuple[int, ...], ...], x: Te
             f"expected {name} of type {_type_name(acc_dtype(x.dtype))}, but got {_type_name(t.dtype)}"
         )
     device(t, x.device)
+
+
+def max_pool(x: Tensor, kernel_size, stride, padding) -> tuple[int, int, int, int]:
+    """Max pooling of x; returns the shape of its output."""
+    activation(x, "max_pool2d")
+    (r, s), (dh, dw), (ph, pw) = kernel_size, stride, padding
+    if dh == 0 or dw == 0:
+        raise RuntimeError("stride should not be zero")
+    if ph < 0 or pw < 0:
+        raise RuntimeError(f"pad must be non-negative, but got pad: {min(ph, pw)}")
+    if r < 1 or s < 1:
+        raise RuntimeError(f"kernel size should be greater than zero, but got kH: {r} kW: {s}")
+    if dh < 0 or dw < 0:
+        raise RuntimeError(f"stride should be greater than zero, but got dH: {dh} dW: {dw}")
+    for pad, kernel in ((ph, r), (pw, s)):
+        if pad > kernel // 2:
+            raise RuntimeError(
+                f"pad should be at most half of effective kernel size, but got pad={pad}, "
+                f"kernel_size={kernel} and dilation=1"
+            )
+    if r * s > MOST_POSITIONS:
+        raise RuntimeError(
+            f"expected kernel_size of at most {MOST_POSITIONS} positions, but got {tuple(kernel_size)}: a "
+            "position is kept as a byte"
+        )
+    n, c, h, w = x.shape
+    if c == 0 or h == 0 or w == 0:
+        raise RuntimeError(
+            "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got:"
+            f"{list(x.shape)}"
+        )
+    size = pool_output_shape(x.shape, kernel_size, stride, padding)
+    if size[2] < 1 or size[3] < 1:
+        raise RuntimeError(
+            f"Given input size: ({c}x{h}x{w}). Calculated output size: ({c}x{max(size[2], 0)}x"
+            f"{max(size[3], 0)}). Output size is too small"
+        )
+    return size

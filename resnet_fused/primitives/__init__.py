@@ -9,6 +9,8 @@ from .bn_act_forward import bn_act_forward
 from .channel_stats import channel_stats
 from .finalize_backward import finalize_backward
 from .finalize_forward import finalize_forward
+from .max_pool_backward import max_pool_backward
+from .max_pool_forward import max_pool_forward
 from .preact_apply import preact_apply
 from .preact_conv_backward_1x1 import preact_conv_backward_1x1
 from .preact_conv_dgrad import preact_conv_dgrad
@@ -23,6 +25,8 @@ __all__ = [
     "channel_stats",
     "finalize_backward",
     "finalize_forward",
+    "max_pool_backward",
+    "max_pool_forward",
     "preact_apply",
     "preact_conv_backward_1x1",
     "preact_conv_dgrad",

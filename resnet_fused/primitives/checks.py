@@ -5,7 +5,10 @@ checked their arguments once. The wording is that of the C++ operators."""
 import torch
 from torch import Tensor
 
-from .layout import acc_dtype, convolution_output_shape
+from .layout import acc_dtype, convolution_output_shape, pool_output_shape
+
+#: Positions of a pooling's window: one is kept as a byte.
+MOST_POSITIONS = 256
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -96,3 +99,42 @@ def convolution(x: Tensor, weight: Tensor, stride, padding, dilation, groups: in
             f"({' x '.join(map(str, kernel))}). Kernel size can't be greater than actual input size"
         )
     return size
+
+
+def pool_geometry(shape, kernel_size, stride, padding) -> tuple[int, int, int, int]:
+    """Windows fit an input of the given shape; returns the size of y."""
+    (r, s), (dh, dw), (ph, pw) = kernel_size, stride, padding
+    if min(r, s) < 1 or r * s > MOST_POSITIONS:
+        raise RuntimeError(
+            f"expected kernel_size of 1 to {MOST_POSITIONS} positions, but got {tuple(kernel_size)}"
+        )
+    if min(dh, dw) < 1:
+        raise RuntimeError(f"stride should be greater than zero, but got dH: {dh} dW: {dw}")
+    if min(ph, pw) < 0 or ph > r // 2 or pw > s // 2:
+        raise RuntimeError(
+            f"padding should be from 0 to half of the kernel size, but got padding {tuple(padding)} and "
+            f"kernel_size {tuple(kernel_size)}"
+        )
+    size = pool_output_shape(shape, kernel_size, stride, padding)
+    if min(size[2:]) < 1:
+        c, h, w = shape[1:]
+        raise RuntimeError(
+            f"Given input size: ({c}x{h}x{w}). Calculated output size: ({c}x{max(size[2], 0)}x"
+            f"{max(size[3], 0)}). Output size is too small"
+        )
+    return size
+
+
+def pool(x: Tensor, kernel_size, stride, padding) -> tuple[int, int, int, int]:
+    """x and the windows of a pooling fit; returns the size of y."""
+    activation(x)
+    return pool_geometry(x.shape, kernel_size, stride, padding)
+
+
+def offsets(t: Tensor, size, x: Tensor) -> None:
+    """t is what a pooling of that output size keeps, on x's device."""
+    _on_device_of(t, "offsets", x)
+    if t.dtype != torch.uint8:
+        raise RuntimeError(f"expected offsets to have dtype uint8, but got {_name(t.dtype)}")
+    if t.shape != size:
+        raise RuntimeError(f"expected offsets of size {list(size)} (y), but got {list(t.shape)}")

@@ -88,3 +88,14 @@ def convolution_output_shape(shape, weight: Tensor, stride, padding, dilation) -
         convolution_output_size(h, r, stride[0], padding[0], dilation[0]),
         convolution_output_size(w, s, stride[1], padding[1], dilation[1]),
     )
+
+
+def pool_output_shape(shape, kernel_size, stride, padding) -> tuple[int, int, int, int]:
+    """The output's shape of a pooling of an input of the given shape."""
+    n, c, h, w = shape
+    return (
+        n,
+        c,
+        convolution_output_size(h, kernel_size[0], stride[0], padding[0], 1),
+        convolution_output_size(w, kernel_size[1], stride[1], padding[1], 1),
+    )

@@ -7,7 +7,7 @@ the activation dtype. Argument names and shapes: see the file of each primitive.
 import torch
 from torch import Tensor
 
-from .layout import acc_dtype, canonical, convolution_output_shape, empty
+from .layout import acc_dtype, canonical, channels_last, convolution_output_shape, empty
 
 _PER_CHANNEL = (1, -1, 1, 1)
 
@@ -253,3 +253,33 @@ def residual_add(
         out = _activation(out, slope)
     out = out.to(x.dtype)
     return out, channel_stats(out) if want_stats else _no_stats(x)
+
+
+def _window_corners(shape, stride, padding, device) -> tuple[Tensor, Tensor]:
+    """Row [P, 1] and column [Q] of the input that position (0, 0) of each window has; negative outside."""
+    p, q = (torch.arange(size, device=device) for size in shape[2:])
+    return (p * stride[0] - padding[0])[:, None], q * stride[1] - padding[1]
+
+
+def max_pool_forward(x: Tensor, kernel_size, stride, padding) -> tuple[Tensor, Tensor]:
+    y, indices = torch.nn.functional.max_pool2d(x, kernel_size, stride, padding, return_indices=True)
+    top, left = _window_corners(y.shape, stride, padding, x.device)
+    width = max(x.shape[3], 1)
+    offsets = (indices // width - top) * kernel_size[1] + (indices % width - left)
+    return canonical(y, True), canonical(offsets.to(torch.uint8), True)
+
+
+def max_pool_indices(offsets: Tensor, width: int, kernel_size, stride, padding) -> Tensor:
+    """The index h * width + w into an image that each offset stands for: PyTorch's, int64 [N, C, P, Q]."""
+    top, left = _window_corners(offsets.shape, stride, padding, offsets.device)
+    offsets = offsets.long()
+    return (offsets // kernel_size[1] + top) * width + (offsets % kernel_size[1] + left)
+
+
+def max_pool_backward(dy: Tensor, offsets: Tensor, input_size, kernel_size, stride, padding) -> Tensor:
+    indices = channels_last(max_pool_indices(offsets, input_size[1], kernel_size, stride, padding))
+    wide = dy.to(acc_dtype(dy.dtype))
+    dx = torch.ops.aten.max_pool2d_with_indices_backward(
+        wide, empty((*dy.shape[:2], *input_size), wide), kernel_size, stride, padding, (1, 1), False, indices
+    )
+    return canonical(dx.to(dy.dtype), True)

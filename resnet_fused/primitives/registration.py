@@ -122,7 +122,8 @@ class _NotDifferentiable(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{ctx.name} is a primitive and has no derivative; the differentiable operators are "
-            "resnet_fused::preact_conv2d, resnet_fused::residual_add and resnet_fused::residual_unit"
+            "resnet_fused::preact_conv2d, resnet_fused::residual_add, resnet_fused::residual_unit and "
+            "resnet_fused::max_pool2d"
         )
 
 

@@ -1,5 +1,6 @@
 """The shape of one convolution, as the kernels' launchers use it."""
 
+import functools
 from typing import NamedTuple
 
 
@@ -97,3 +98,9 @@ class Convolution(NamedTuple):
             self.dilation_h,
             self.dilation_w,
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def window_geometry(shape, kernel_size, stride, padding) -> Convolution:
+    """The windows of a pooling of x: those of a convolution that keeps the channels."""
+    return Convolution.of(shape, (shape[1], shape[1], *kernel_size), stride, padding, (1, 1))

@@ -35,6 +35,7 @@ _POINTER = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
     None: None,
 }
 

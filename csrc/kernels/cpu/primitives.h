@@ -1,5 +1,5 @@
 // The primitives of one SIMD level: each is defined, and instantiated for float, double and bf16, in the file
-// of its name (bn_act.cpp holds both directions).
+// of its name (bn_act.cpp and max_pool.cpp hold both directions).
 #pragma once
 
 #include "../cpu_kernels.h"
@@ -13,6 +13,8 @@ template <typename T> void bn_act_forward(const BnActParams& params);
 template <typename T> void bn_act_backward(const BnActParams& params);
 template <typename T> void preact_apply(const PreactApplyParams& params);
 template <typename T> void residual_add(const ResidualAddParams& params);
+template <typename T> void max_pool_forward(const MaxPoolParams& params);
+template <typename T> void max_pool_backward(const MaxPoolParams& params);
 template <typename T> void preact_conv_forward(const PreactConvForwardParams& params);
 template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params);
 template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params);
