@@ -7,7 +7,8 @@ namespace resnet_fused {
 std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor& dy, const Tensor& weight,
                                                                     const Tensor& x, const Tensor& bn,
                                                                     const std::optional<Tensor>& dz_in,
-                                                                    double slope, bool want_bias) {
+                                                                    double slope, bool want_bias,
+                                                                    bool into_dz_in) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
   const ConvGeometry g = check_convolution(input, weight, {{1, 1}, {0, 0}, {1, 1}, 1});
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   const Tensor bn_rows = check_acc(bn, "bn", 4, g.c, input.dtype);
   if (dz_in) check_activation_like(*dz_in, "dz_in", input, "input");
 
-  const Tensor dz = empty_activation(g.n, g.c, g.h, g.w, input.dtype);
+  const Tensor dz = into_dz_in && dz_in ? *dz_in : empty_activation(g.n, g.c, g.h, g.w, input.dtype);
   Tensor dweight = torch::stable::empty_like(weight);
   const DType parameter = check_parameter_dtype(weight, "weight", input.dtype);
   if (is_empty(g)) {
@@ -39,6 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   return {dz, sums, dweight, parameter == acc ? dbias : torch::stable::to(dbias, weight.scalar_type())};
 }
 
+static std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(
+    const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn, const std::optional<Tensor>& dz_in,
+    double slope, bool want_bias) {
+  return preact_conv_backward_1x1(dy, weight, x, bn, dz_in, slope, want_bias, false);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
       "preact_conv_backward_1x1(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope,"
@@ -46,7 +53,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
-  m.impl("preact_conv_backward_1x1", TORCH_BOX(&preact_conv_backward_1x1));
+  m.impl("preact_conv_backward_1x1", TORCH_BOX(&preact_conv_backward_1x1_op));
 }
 
 }  // namespace resnet_fused

@@ -8,7 +8,8 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
                                              const Tensor& bn, const std::optional<Tensor>& dz_in,
                                              double slope, const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
-                                             const std::vector<int64_t>& dilation, int64_t groups) {
+                                             const std::vector<int64_t>& dilation, int64_t groups,
+                                             bool into_dz_in) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
   PreactConvDgradParams params{};
@@ -20,7 +21,10 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
   RF_CHECK(g.k > 0, "expected a weight with output channels, but got weight of size ",
            to_string(weight.sizes()));
 
-  const Tensor dz = empty_activation(g.n, g.c, g.h, g.w, input.dtype);
+  // A 3x3 may be computed twice (Winograd's filtering of what is not finite): the second time needs dz_in as it was.
+  const Tensor dz = into_dz_in && dz_in && g.r == 1 && g.s == 1
+                        ? *dz_in
+                        : empty_activation(g.n, g.c, g.h, g.w, input.dtype);
   if (is_empty(g)) return {dz, zeros_matrix(2, g.c, acc)};
   const Tensor sums = empty_matrix(2, g.c, acc);
   params.dy = gradient.data;
@@ -37,6 +41,14 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
   return {dz, sums};
 }
 
+static std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const Tensor& weight, const Tensor& x,
+                                                       const Tensor& bn, const std::optional<Tensor>& dz_in,
+                                                       double slope, const std::vector<int64_t>& stride,
+                                                       const std::vector<int64_t>& padding,
+                                                       const std::vector<int64_t>& dilation, int64_t groups) {
+  return preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups, false);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
       "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope,"
@@ -44,7 +56,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
-  m.impl("preact_conv_dgrad", TORCH_BOX(&preact_conv_dgrad));
+  m.impl("preact_conv_dgrad", TORCH_BOX(&preact_conv_dgrad_op));
 }
 
 }  // namespace resnet_fused

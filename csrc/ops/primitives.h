@@ -36,12 +36,13 @@ std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optio
                                                const std::vector<int64_t>& dilation, int64_t groups,
                                                bool want_stats);
 
-// (dz, sums)
+// (dz, sums). into_dz_in: dz may take the memory of dz_in.
 std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x,
                                              const Tensor& bn, const std::optional<Tensor>& dz_in,
                                              double slope, const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
-                                             const std::vector<int64_t>& dilation, int64_t groups);
+                                             const std::vector<int64_t>& dilation, int64_t groups,
+                                             bool into_dz_in);
 
 // (dweight, dbias)
 std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
@@ -51,11 +52,12 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              bool want_bias);
 
-// (dz, sums, dweight, dbias) of a 1x1 convolution with stride 1 and padding 0
+// (dz, sums, dweight, dbias) of a 1x1 convolution with stride 1 and padding 0. into_dz_in: dz takes the memory of dz_in.
 std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor& dy, const Tensor& weight,
                                                                     const Tensor& x, const Tensor& bn,
                                                                     const std::optional<Tensor>& dz_in,
-                                                                    double slope, bool want_bias);
+                                                                    double slope, bool want_bias,
+                                                                    bool into_dz_in);
 
 // into_dz: the result may take dz's memory.
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,

@@ -55,15 +55,15 @@ class CpuUnit {
     const bool both = combined_[i] && needs.weight && needs.dz;
     if (both)
       std::tie(g.dz, g.sums, g.dweight, g.dbias) =
-          preact_conv_backward_1x1(dy, c.weight, h, bn, dz_in, unit_.slope, needs.bias);
+          preact_conv_backward_1x1(dy, c.weight, h, bn, dz_in, unit_.slope, needs.bias, true);
     if (needs.weight && !both)
       std::tie(g.dweight, g.dbias) = preact_conv_wgrad(dy, h, bn, c.weight, unit_.slope, c.stride, c.padding,
                                                        c.dilation, c.groups, needs.bias);
     if (needs.dz && !both)
       std::tie(g.dz, g.sums) = preact_conv_dgrad(dy, c.weight, h, bn, dz_in, unit_.slope, c.stride, c.padding,
-                                                 c.dilation, c.groups);
+                                                 c.dilation, c.groups, true);
     if (centre)
-      g.coefficients = finalize_backward(*g.sums, bn, values_per_channel(h), unit_.norms[i].training);
+      g.coefficients = finalize_backward(*g.sums, bn, values_per_channel(h), unit_.norm_of(i).training);
     return g;
   }
 

@@ -38,6 +38,8 @@ struct Unit {
 
   size_t size() const { return norms.size(); }
   size_t shortcut() const { return norms.size(); }
+  // Whose result convolution i reads.
+  const UnitNorm& norm_of(size_t i) const { return norms[i == shortcut() ? 0 : i]; }
 };
 
 using TensorList = std::vector<Tensor>;
@@ -151,11 +153,12 @@ struct UnitNeeds {
 // Of one convolution. dz and sums are none if not needed, dweight and dbias of size 0.
 struct UnitGradients {
   std::optional<Tensor> dz, sums, coefficients;
-  Tensor dweight, dbias;
+  std::optional<Tensor> dweight, dbias;
 };
 
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
-//   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`;
+//   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`; dz may take the
+//     memory of dz_in;
 //   preact_apply(dz, h, coefficients, dskip); finish_backward().
 // dout: none if nothing is needed.
 template <typename Backend>
@@ -166,28 +169,27 @@ UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const st
   if (dout) backend.begin_backward(mask);
   const auto needs = [&](size_t i, bool below) { return UnitNeeds{below, mask.weight(i), mask.bias(i)}; };
   OptionalTensorList sums(n), dweights(n), dbiases(n);
-  std::optional<Tensor> dshortcut_weight, dshortcut_bias, dz_shortcut, dy = dout;
+  std::optional<Tensor> dshortcut_weight, dshortcut_bias, dy = dout;
   for (size_t i = n; i-- > 0;) {
     const Tensor& h = i == 0 ? x : raw[i - 1];
     const bool below = mask.below(i);
-    if (i == 0 && unit.projects && dout) {
-      UnitGradients g = backend.gradients(unit.shortcut(), *dout, x, bns[0], std::nullopt,
-                                          needs(unit.shortcut(), below), false);
-      dz_shortcut = std::move(g.dz);
+    const bool onwards = below && (i > 0 || mask.x()), joined = i == 0 && unit.projects;
+    UnitGradients g;
+    if (dy) {
+      g = backend.gradients(i, *dy, h, bns[i], std::nullopt, needs(i, below), onwards && !joined);
+      dy.reset();  // freed before the next one is allocated
+      dweights[i] = std::move(g.dweight), dbiases[i] = std::move(g.dbias);
+    }
+    if (joined && dout) {  // the shortcut's 1x1 adds to the other gradient of z, where that lies
+      g = backend.gradients(unit.shortcut(), *dout, x, bns[0], g.dz, needs(unit.shortcut(), below), onwards);
       dshortcut_weight = std::move(g.dweight), dshortcut_bias = std::move(g.dbias);
     }
-    if (!dy) continue;  // nothing further down needs a gradient
-    const bool onwards = below && (i > 0 || mask.x());
-    UnitGradients g = backend.gradients(i, *dy, h, bns[i], dz_shortcut, needs(i, below), onwards);
-    dy.reset();  // freed before the next one is allocated
-    dweights[i] = std::move(g.dweight), dbiases[i] = std::move(g.dbias);
-    if (!below) continue;
+    if (!below || !g.dz) continue;  // nothing further down needs a gradient
     if (onwards) {
       std::optional<Tensor> dskip;
       if (i == 0 && !unit.projects) dskip = dout;
       dy = backend.preact_apply(*g.dz, h, *g.coefficients, dskip);
     }
-    dz_shortcut.reset();
     if (mask.norm(i)) sums[i] = std::move(g.sums);
   }
   backend.finish_backward();

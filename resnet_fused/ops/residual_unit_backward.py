@@ -107,31 +107,29 @@ def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):
     projects = a.shortcut_weight is not None
     dx, dshortcut_weight, dshortcut_bias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     sums, dweights, dbiases = [None] * n, [None] * n, [None] * n
-    dz_shortcut = None
     dy = dout
     for i in reversed(range(n)):
         h, bn, weight, at = x if i == 0 else a.raw[i - 1], a.bns[i], a.weights[i], geometry.convolutions[i]
         sums[i] = empty_acc(x, 0)
         below = mask.below(i)
-        if i == 0 and projects:
-            need = (below, mask.shortcut_weight, mask.shortcut_bias)
-            dz_shortcut, _, dshortcut_weight, dshortcut_bias = convolution_gradients(
-                dout, x, bn, a.shortcut_weight, None, slope, geometry.shortcut, *need
+        dz, dweights[i], dbiases[i] = None, weight.new_empty(0), weight.new_empty(0)
+        if dy is not None:
+            dz, bn_sums, dweights[i], dbiases[i] = convolution_gradients(
+                dy, h, bn, weight, None, slope, at, below, mask.weights[i], mask.biases[i]
             )
-        if dy is None:  # nothing further down needs a gradient
-            dweights[i], dbiases[i] = weight.new_empty(0), weight.new_empty(0)
-            continue
-        dz, bn_sums, dweights[i], dbiases[i] = convolution_gradients(
-            dy, h, bn, weight, dz_shortcut, slope, at, below, mask.weights[i], mask.biases[i]
-        )
-        dy = None  # free it before the next one is allocated
-        if not below:
+            dy = None  # free it before the next one is allocated
+        if i == 0 and projects:  # adds to the other gradient of z
+            need = (below, mask.shortcut_weight, mask.shortcut_bias)
+            dz, bn_sums, dshortcut_weight, dshortcut_bias = convolution_gradients(
+                dout, x, bn, a.shortcut_weight, dz, slope, geometry.shortcut, *need
+            )
+        if not below or dz is None:  # nothing further down needs a gradient
             continue
         if i > 0 or mask.x:
             coefficients = primitives.finalize_backward(bn_sums, bn, count_of(h.shape), a.training[i])
             dskip = dout if i == 0 and not projects else None
             dy = primitives.preact_apply(dz, h, coefficients, dskip)
-        dz = dz_shortcut = None
+        dz = None
         if mask.bns[i]:
             sums[i] = bn_sums
     if mask.x:

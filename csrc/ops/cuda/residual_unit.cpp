@@ -111,7 +111,7 @@ class CudaUnit {
     prepared.later = &merge, prepared.later_partial = &partial;
     if (centre) {
       result.coefficients = empty_matrix(4, g.c, x_.tensor);
-      prepared.centre = {g.c, g.n * g.h * g.w, nullptr, nullptr, unit_.norms[i].training,
+      prepared.centre = {g.c, g.n * g.h * g.w, nullptr, nullptr, unit_.norm_of(i).training,
                          mutable_floats(*result.coefficients)};
     }
     if (needs.dz && combines(i, needs.weight)) {
