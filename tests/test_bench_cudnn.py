@@ -403,6 +403,17 @@ class TestPlanning:
             ["cuDNN's heuristics propose no engine for this graph"],
         )
 
+    @pytest.mark.parametrize("name", ["preact_conv_forward", "preact_conv_wgrad"])
+    def test_none_with_scale_and_shift_in_float32(self, name, h200, monkeypatch):
+        """Why they are rounded (``as_cudnn_takes_it``)."""
+        normalized = cudnn_graphs._normalized
+        monkeypatch.setattr(
+            cudnn_graphs, "_normalized", lambda graph, x, dtype: normalized(graph, x, torch.float32)
+        )
+        assert not cudnn_backend.plans(
+            cudnn_graphs.GRAPHS[name][0](LAYERS["3x3"], torch.float16), None, h200
+        )[0]
+
     def test_what_cudnn_says_is_told(self, h200):
         with pytest.raises(CudnnError, match=r"finalize\(38\): CUDNN_STATUS_BAD_PARAM: .*maxGridSize"):
             cudnn_backend.device_properties("{}")
