@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from bench.gpu import __main__ as main  # noqa: E402
-from bench.gpu import cases, correctness, kernels, nets, results, sanitizer, steps, timing  # noqa: E402
+from bench.gpu import cases, correctness, cudnn_backend, kernels, nets, results, sanitizer, steps, timing  # noqa: E402
 from bench.gpu.nets import NETS, Layer, Net, StagedNet  # noqa: E402
 
 from cuda_emulation import OnDevice  # noqa: E402
@@ -44,7 +44,7 @@ class TestCommand:
         assert run.stderr == "bench.gpu: there is no GPU to measure on: torch sees no CUDA device\n"
 
     def test_arguments(self, capsys):
-        assert main.parse([]).parts == ["correctness", "sanitizer", "kernels", "steps"]
+        assert main.parse([]).parts == ["correctness", "sanitizer", "kernels", "steps", "cudnn"]
         found = main.parse(["steps", "correctness", "--force", "--budget", "9"])
         assert found.parts == ["correctness", "steps"] and found.force and found.budget == 9
         with pytest.raises(SystemExit) as exit:
@@ -56,7 +56,7 @@ class TestCommand:
         done = []
 
         def played(name, wrong=0):
-            def run(part, *args):
+            def run(part, *args, **kwargs):
                 done.append(name)
                 part.add({"name": "row"})
                 part.finish()
@@ -65,7 +65,7 @@ class TestCommand:
             return run
 
         monkeypatch.setattr(main, "no_gpu", lambda: None)
-        monkeypatch.setattr(main, "warm_in_processes", lambda names, deadline: done.append(names))
+        monkeypatch.setattr(main, "warm_in_processes", lambda part, names, deadline: done.append(names))
         monkeypatch.setattr(main, "prepare", lambda: None)
         monkeypatch.setattr(results, "describe", lambda device: MACHINE)
         monkeypatch.setattr(results.Part.__init__, "__defaults__", (tmp_path, False))
@@ -74,6 +74,7 @@ class TestCommand:
         monkeypatch.setattr(correctness, "run", played("correctness"))
         monkeypatch.setattr(kernels, "run", played("kernels", wrong=2))
         monkeypatch.setattr(steps, "run", played("steps"))
+        monkeypatch.setattr(cudnn_backend, "unavailable", lambda: "not installed")
         assert main.main(["correctness", "kernels", "--nets", "wrn28_10"]) == 1
         assert done == ["correctness", ["wrn28_10"], "kernels"]
         assert main.main(["--nets", "wrn28_10"]) == 0 and done[3:] == ["steps"]

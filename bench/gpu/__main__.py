@@ -1,7 +1,7 @@
 """``python -m bench.gpu``, also ``make gpu``: on a machine with a GPU, from the root of a checkout.
 
-Four parts: correctness of every GPU kernel, compute-sanitizer on the CUDA C++ ones, kernels against their
-floor, training steps. Each writes
+Five parts: correctness of every GPU kernel, compute-sanitizer on the CUDA C++ ones, kernels against their
+floor, training steps, and convolutions beside cuDNN's own fused graphs in float16. Each writes
 bench/results/gpu-<part>-<device>.json (and .csv) after every row; a part whose results are complete is left
 out, one that was cut short goes on, unless --force is given or the device, the versions or the commit differ.
 """
@@ -18,7 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that a part may take. Together with starting and compiling: below 8 minutes.
-BUDGETS = {"correctness": 110, "sanitizer": 60, "kernels": 140, "steps": 150}
+BUDGETS = {"correctness": 105, "sanitizer": 50, "kernels": 130, "steps": 140, "cudnn": 50}
+#: What part "cudnn" measures where no net is named.
+CUDNN_NETS = ("resnetv2_50",)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,13 +32,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true",
                         help="time every candidate configuration and the unfused path first, and keep the "
                              "winners in the cache of measured choices")
+    parser.add_argument("--no-cudnn", action="store_true", help="leave the part cudnn out")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # "<net> <contender>": one row of "steps", as JSON
-    parser.add_argument("--warm", help=argparse.SUPPRESS)  # "<i>/<n>": compile every n-th case of "kernels"
+    parser.add_argument("--warm", help=argparse.SUPPRESS)  # "<i>/<n>": compile every n-th case of a part
     found = parser.parse_args(argv)
     for name in found.parts:
         if name not in BUDGETS:
             parser.error(f"unknown part {name!r}, expected one of {', '.join(BUDGETS)}")
     found.parts = [name for name in BUDGETS if name in (found.parts or BUDGETS)]
+    if found.no_cudnn:
+        found.parts = [name for name in found.parts if name != "cudnn"]
     return found
 
 
@@ -61,7 +66,14 @@ def no_gpu() -> str | None:
     return dispatch.unavailable("triton")
 
 
-def warm(share: str, nets) -> int:
+def cases_of(part: str, nets):
+    """What a part that times kernels measures."""
+    from . import cases
+
+    return cases.cudnn_cases(nets) if part == "cudnn" else cases.cases(nets)
+
+
+def warm(share: str, part: str, nets) -> int:
     """Compile a share of the kernels by running them once: a process of several does this."""
     import torch
 
@@ -71,7 +83,7 @@ def warm(share: str, nets) -> int:
 
     index, count = map(int, share.split("/"))
     with rf.use_backend("triton"):
-        for case in cases.cases(nets)[index::count]:
+        for case in cases_of(part, nets)[index::count]:
             try:
                 cases.Prepared(case, "cuda").fused()
             except RuntimeError:
@@ -80,11 +92,11 @@ def warm(share: str, nets) -> int:
     return 0
 
 
-def warm_in_processes(names: Sequence[str], deadline: float) -> None:
+def warm_in_processes(part: str, names: Sequence[str], deadline: float) -> None:
     from .correctness import shards
 
     count = shards()
-    command = [sys.executable, "-m", "bench.gpu", "--nets", *names, "--warm"]
+    command = [sys.executable, "-m", "bench.gpu", part, "--nets", *names, "--warm"]
     processes = [
         subprocess.Popen(
             [*command, f"{i}/{count}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -107,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"bench.gpu: there is no GPU to measure on: {why}", file=sys.stderr)
         return 2
-    from . import cases, correctness, kernels, results, sanitizer, steps, timing
+    from . import correctness, cudnn_backend, cudnn_graphs, kernels, results, sanitizer, steps, timing
     from .nets import NETS
 
     unknown = [name for name in arguments.nets or () if name not in NETS]
@@ -118,10 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.cell:
         return steps.cell(arguments.cell)
     if arguments.warm:
-        return warm(arguments.warm, nets)
+        return warm(arguments.warm, *arguments.parts, nets)
     machine, wrong = results.describe("cuda"), 0
     print(", ".join(f"{name} {machine[name]}" for name in ("gpu", "torch", "triton", "commit")))
     for name in arguments.parts:
+        if name == "cudnn" and (why := cudnn_backend.unavailable()) is not None:
+            print(f"cudnn: left out: {why}")
+            continue
         part = results.Part(name, machine, force=arguments.force)
         if part.complete:
             print(f"{name}: complete in {part.path.name}; --force measures anew")
@@ -131,12 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             wrong += correctness.run(part, deadline)
         elif name == "sanitizer":
             wrong += sanitizer.run(part, deadline)
-        elif name == "kernels":
+        elif name in ("kernels", "cudnn"):
+            some, peer = nets, None
+            if name == "cudnn":
+                some = nets if arguments.nets else [NETS[net] for net in CUDNN_NETS]
+                part.data["cudnn"], peer = cudnn_backend.version(), cudnn_graphs.columns
             half = time.monotonic() + (deadline - time.monotonic()) / 2
-            warm_in_processes([net.name for net in nets], half)
+            warm_in_processes(name, [net.name for net in some], half)
             timer = timing.Timer("cuda")
             ceilings = timing.Ceilings.measure(timer)
-            wrong += kernels.run(part, cases.cases(nets), "cuda", timer, ceilings, deadline, arguments.tune)
+            chosen = cases_of(name, some)
+            wrong += kernels.run(part, chosen, "cuda", timer, ceilings, deadline, arguments.tune, peer=peer)
         else:
             wrong += steps.run(part, nets, deadline)
     return 1 if wrong else 0

@@ -1,4 +1,5 @@
-"""What part "kernels" measures: every primitive at every layer of the nets, in bf16.
+"""What parts "kernels" and "cudnn" measure: every primitive at every layer of the nets, in bf16; and the
+convolutions of ResNetV2-50 in float16, the dtype that cuDNN's fused graphs take.
 
 A case has three ways to do the same, and the floor's bytes and operations: fused (the primitive); for
 convolutions unfused (elementwise primitive + the library's convolution; for both gradients of a 1x1, their
@@ -18,7 +19,7 @@ two primitives one after the other); and eager, what plain PyTorch calls for it:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tolerances import STATS_EPS, assert_trusted
@@ -34,7 +35,6 @@ from .nets import Layer, Net, layers_of
 CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad", "preact_conv_backward_1x1")
 PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add")
 _EPS = 1e-5
-_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class Case:
     layer: Layer | None
     shape: tuple[int, int, int, int]  # of x
     nets: dict[str, int] = field(compare=False)  # name -> how often in a step
+    dtype: torch.dtype = torch.bfloat16  # 2 bytes an element in any case
 
     @property
     def name(self) -> str:
         where = "x".join(map(str, self.shape)) if self.layer is None else str(self.layer)
-        return f"{self.primitive} {where}"
+        return f"{self.primitive} {where}" + (" fp16" if self.dtype == torch.float16 else "")
 
     @property
     def flops(self) -> int:
@@ -100,6 +101,19 @@ def cases(nets: list[Net]) -> list[Case]:
     return found + [Case(name, None, shape, counts) for shape, counts in shapes.items() for name in PASSES]
 
 
+def cudnn_cases(nets: list[Net]) -> list[Case]:
+    """The convolutions that cuDNN's fused graphs stand beside: those with BatchNorm and ReLU before them, in
+    float16, without the shortcut's addition, which none of the graphs does."""
+    found: dict[Case, dict[str, int]] = {}
+    for case in cases(nets):
+        if case.layer is not None and case.layer.preact:
+            layer = replace(case.layer, residual=False)
+            counts = found.setdefault(Case(case.primitive, layer, layer.input, {}, torch.float16), {})
+            for net, count in case.nets.items():
+                counts[net] = counts.get(net, 0) + count
+    return [replace(case, nets=counts) for case, counts in found.items()]
+
+
 class Prepared:
     """The tensors of a case on a device, and its ways."""
 
@@ -107,7 +121,7 @@ class Prepared:
         self.case = case
         torch.manual_seed(0)
         channels = case.shape[1]
-        x = _activation(case.shape, device)
+        x = self._activation(case.shape, device)
         mean, var = torch.randn(channels) * 0.3, torch.rand(channels) + 0.5
         gamma, beta = torch.rand(channels) + 0.5, torch.randn(channels) * 0.3
         self.norm = tuple(t.to(device) for t in (mean, var, gamma, beta))
@@ -117,9 +131,9 @@ class Prepared:
     def _convolution(self, x: Tensor, bn: Tensor, device: str) -> tuple[tuple, Callable]:
         layer, name = self.case.layer, self.case.primitive
         fan_in = layer.weight[1] * layer.weight[2] * layer.weight[3]
-        weight = (torch.randn(layer.weight) / fan_in**0.5).to(_DTYPE)
+        weight = (torch.randn(layer.weight) / fan_in**0.5).to(self.case.dtype)
         weight = weight.to(device, memory_format=torch.channels_last)
-        dy = _activation(layer.output, device)
+        dy = self._activation(layer.output, device)
         mean, var, gamma, beta = self.norm
         geometry = layer.geometry
 
@@ -130,7 +144,7 @@ class Prepared:
             )
 
         if name == "preact_conv_forward":
-            residual = _activation(layer.output, device) if layer.residual else None
+            residual = self._activation(layer.output, device) if layer.residual else None
             bn = bn if layer.preact else None
 
             def forward():
@@ -165,13 +179,13 @@ class Prepared:
             return (x,), lambda: statistics(x)
         if name == "bn_act_forward":
             return (x, bn, 0.0), lambda: F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.1, _EPS))
-        y = _activation(self.case.shape, device)
+        y = self._activation(self.case.shape, device)
         if name == "bn_act_backward":
             a = reference.bn_act_forward(x, bn, 0.0)
             return (y, x, bn, None, 0.0), lambda: torch.ops.aten.threshold_backward(y, a, 0)
         if name == "residual_add":
             return (x, y, None, None, 1.0, None, True), lambda: statistics(x + y)
-        dskip = _activation(self.case.shape, device)
+        dskip = self._activation(self.case.shape, device)
         coefficients = torch.randn(4, x.shape[1], device=device) * 0.3
 
         def norm_backward():
@@ -181,6 +195,10 @@ class Prepared:
             return dx + dskip
 
         return (y, x, coefficients, dskip), norm_backward
+
+    def _activation(self, shape, device: str) -> Tensor:
+        noise = torch.randn(shape, device=device).to(self.case.dtype)
+        return noise.contiguous(memory_format=torch.channels_last)
 
     def fused(self) -> tuple[Tensor, ...]:
         result = getattr(primitives, self.case.primitive)(*self.args)
@@ -196,19 +214,25 @@ class Prepared:
             self.fused()
         return log[0].backend
 
-    def verify(self) -> None:
-        """The trust rule, with float32 as the oracle: 2^16 times as fine as bfloat16, and within reach where
-        a float64 convolution of these sizes is not. Statistics and sums are checked against those of what was
-        stored."""
+    @staticmethod
+    def expected(primitive: str, args: tuple) -> list[tuple[Tensor, Tensor]]:
+        """(plain PyTorch's, the oracle's) outputs of a primitive. The oracle is float32: at least 2^13 times
+        as fine as the cases' dtypes, and within reach where a float64 convolution of these sizes is not."""
         before = torch.backends.cudnn.conv.fp32_precision
         torch.backends.cudnn.conv.fp32_precision = "ieee"
         try:
-            plain = _tuple(getattr(reference, self.case.primitive)(*self.args))
-            oracle = _tuple(getattr(reference, self.case.primitive)(*(_float(a) for a in self.args)))
+            plain = _tuple(getattr(reference, primitive)(*args))
+            oracle = _tuple(getattr(reference, primitive)(*(_float(a) for a in args)))
         finally:
             torch.backends.cudnn.conv.fp32_precision = before
+        return list(zip(plain, oracle, strict=True))
+
+    def verify(self) -> None:
+        """The trust rule, against :meth:`expected`. Statistics and sums are checked against those of what was
+        stored."""
+        expected = self.expected(self.case.primitive, self.args)
         results = self.fused()
-        for i, (result, p, o) in enumerate(zip(results, plain, oracle, strict=True)):
+        for i, (result, (p, o)) in enumerate(zip(results, expected, strict=True)):
             if result.dim() == 4:
                 assert_trusted(result, p, o, f"{self.case.name}, output {i}")
         name = self.case.primitive
@@ -219,10 +243,6 @@ class Prepared:
         elif name in ("preact_conv_dgrad", "bn_act_backward", "preact_conv_backward_1x1"):
             x, bn = (self.args[i] for i in ((1, 2) if name == "bn_act_backward" else (2, 3)))
             _check_sums(results[1], results[0], x, bn)
-
-
-def _activation(shape, device: str) -> Tensor:
-    return torch.randn(shape, device=device).to(_DTYPE).contiguous(memory_format=torch.channels_last)
 
 
 def _tuple(result) -> tuple[Tensor, ...]:

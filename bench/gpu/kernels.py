@@ -1,4 +1,5 @@
-"""Part "kernels": every primitive at every layer, verified and then timed."""
+"""Part "kernels": every primitive at every layer, verified and then timed. Part "cudnn": the same of the
+convolutions beside cuDNN's fused graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from resnet_fused.primitives import dispatch, tuner
 from .cases import CONVOLUTIONS, Case, Prepared
 from .results import Part
 from .timing import Ceilings, Timer
+
+#: Measures another library at a case and gives its columns; it never raises.
+Peer = Callable[[Prepared, Timer], dict]
 
 
 def backends(device: str) -> tuple[str, ...]:
@@ -25,10 +29,16 @@ def row_name(case: Case, backend: str) -> str:
 
 
 def measure(
-    case: Case, device: str, timer: Timer, ceilings: Ceilings, tune: bool = False, backend: str = "auto"
+    case: Case,
+    device: str,
+    timer: Timer,
+    ceilings: Ceilings,
+    tune: bool = False,
+    backend: str = "auto",
+    peer: Peer | None = None,
 ) -> dict:
     """One row. Times in microseconds; ``share`` is floor / fused. ``declined``, and no times, where the backend
-    leaves the case to another."""
+    leaves the case to another. ``peer`` gives further columns."""
     prepared = Prepared(case, device)
     floor = ceilings.floor(case.bytes, case.flops)
     row = {
@@ -58,7 +68,7 @@ def measure(
                 row[f"{way}_host_us"] = round(1e6 * timer.host(call), 2)
             if way == "fused":
                 row["share"] = round(floor / timing.p50, 4)
-    return row
+    return row if peer is None else {**row, **peer(prepared, timer)}
 
 
 def run(
@@ -70,6 +80,7 @@ def run(
     deadline: float,
     tune: bool = False,
     say: Callable[[str], None] = print,
+    peer: Peer | None = None,
 ) -> int:
     """Measure what the part lacks, until the deadline (``time.monotonic``); returns how many rows are
     wrong."""
@@ -77,23 +88,31 @@ def run(
         "copy_tb_per_s": round(ceilings.bandwidth / 1e12, 3),
         "bf16_tflop_per_s": round(ceilings.flops / 1e12, 1),
     }
+    title = part.data["part"]
     wanted = [(case, backend) for case in chosen for backend in backends(device)]
     for case, backend in wanted:
         name = row_name(case, backend)
         if part.has(name):
             continue
         if time.monotonic() > deadline:
-            say(f"kernels: out of time with {len(part.rows)} of {len(wanted)} rows; run it again to go on")
+            say(f"{title}: out of time with {len(part.rows)} of {len(wanted)} rows; run it again to go on")
             break
         try:
-            part.add(measure(case, device, timer, ceilings, tune, backend))
+            known = _peer_columns(part, case)
+            part.add(measure(case, device, timer, ceilings, tune, backend, None if known else peer) | known)
         except (AssertionError, RuntimeError) as error:
             part.add({"name": name, "primitive": case.primitive, "error": str(error).splitlines()[0]})
-            say(f"kernels: {name}: {part.rows[-1]['error']}")
+            say(f"{title}: {name}: {part.rows[-1]['error']}")
     else:
         part.finish()
     say(summary(part))
     return sum("error" in row for row in part.rows)
+
+
+def _peer_columns(part: Part, case: Case) -> dict:
+    """The peer is measured once for a case, beside the first backend's kernels."""
+    rows = (row for row in part.rows if row["name"] in (row_name(case, "triton"), row_name(case, "cuda")))
+    return next(filter(None, ({k: v for k, v in row.items() if k.startswith("cudnn_")} for row in rows)), {})
 
 
 def summary(part: Part) -> str:
@@ -107,5 +126,15 @@ def summary(part: Part) -> str:
         if primitive in CONVOLUTIONS:
             slower = sum(row["fused_p50_us"] > row["unfused_p50_us"] for row in rows)
             line += f", slower than unfused in {slower}"
-        lines.append(line)
+        lines.append(line + _beside_cudnn(rows))
     return "\n".join(lines)
+
+
+def _beside_cudnn(rows: list[dict]) -> str:
+    ratios = sorted(row["cudnn_p50_us"] / row["fused_p50_us"] for row in rows if "cudnn_p50_us" in row)
+    reasons = [row["cudnn_declined"] for row in rows if "cudnn_declined" in row]
+    line = ""
+    if ratios:
+        slower = sum(ratio < 1 for ratio in ratios)
+        line = f", cuDNN's graph / fused: median {ratios[len(ratios) // 2]:.2f}, slower than it in {slower}"
+    return line + (f", no cuDNN graph in {len(reasons)}: {reasons[0]}" if reasons else "")
