@@ -455,6 +455,31 @@ def test_statistics_travel_between_units():
 # --- copies, other threads of PyTorch, training ---
 
 
+@pytest.mark.parametrize("projects", [False, True])
+def test_norms_in_front_of_a_fused_addition(projects):
+    """They take the statistics that the convolution before them leaves, and their backward is the operator's."""
+    unit = cases.PostActivation(6, 8 if projects else 6, 2 if projects else 1)
+    fused, plain = cases.pair_of(nn.Sequential(unit))
+    x = batch()
+    with rf.record_dispatch() as log:
+        copy.deepcopy(fused)(x)
+    ran = [record.primitive for record in log]
+    # Of conv1 and the projection, which are plain convolutions; conv2 is in a pair and hands its own on.
+    assert ran.count("channel_stats") == (2 if projects else 1)
+    assert ran.count("bn_act_forward") == ran.count("channel_stats") and ran.count("residual_add") == 1
+    cases.assert_same(fused, plain, x)
+    for model in (fused, plain):  # settings and hooks are heard
+        model[0].bn2.eval()
+    kept = fused[0].bn2.running_mean.clone()
+    cases.assert_same(fused, plain, x)
+    assert torch.equal(fused[0].bn2.running_mean, kept)
+    seen = []
+    handle = fused[0].bn2.register_forward_hook(lambda *args: seen.append(1))
+    cases.assert_same(fused, plain, x)
+    assert seen == [1]
+    handle.remove()
+
+
 def test_copies_and_pickles_are_fused_and_independent():
     model, _ = cases.pair_of(cases.net(cases.WideBlock))
     x = batch()

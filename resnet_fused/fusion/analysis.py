@@ -19,7 +19,7 @@ from . import leaves
 from .adapters import AdapterPlan, adapter_of
 from .classes import original_class
 from .guards import Untraceable
-from .match import AddOp, ConvOp, UnitOp
+from .match import AddOp, ConvOp, NormOp, UnitOp
 from .plan import Plan
 from .trace import default_signature, trace
 from .unit import make_plan
@@ -216,7 +216,7 @@ class _Analyst:
                 added |= {op.x, op.y}
             elif isinstance(op, ConvOp):
                 convs.setdefault(op.pair.norm, []).append(names[plan.module(op.conv)])
-            else:
+            elif not isinstance(op, NormOp):
                 for pair in op.pairs:
                     convs[pair.norm] = [names[plan.module(conv)] for conv in pair.convs]
         for node in plan.traced.graph.nodes:

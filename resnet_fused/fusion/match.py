@@ -2,8 +2,9 @@
 
 norm -> activation -> convolutions becomes a :class:`Pair`. The operators to run in their place are an
 :class:`UnitOp` (a whole residual unit), a :class:`ConvOp` (one convolution with its norm, activation and, if
-there is one, the residual addition) and an :class:`AddOp` (an addition with stochastic depth before it or an
-activation after it). Everything else stays as the user wrote it.
+there is one, the residual addition), an :class:`AddOp` (an addition with stochastic depth before it or an
+activation after it) and a :class:`NormOp` (a norm whose result such an addition reads). Everything else stays as
+the user wrote it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from . import leaves
 from .trace import IN_PLACE, Trace
 
-__all__ = ["AddOp", "ConvOp", "Match", "Pair", "UnitOp", "match"]
+__all__ = ["AddOp", "ConvOp", "Match", "NormOp", "Pair", "UnitOp", "match"]
 
 _INPLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"__{name}__") for name in IN_PLACE)}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -96,6 +97,22 @@ class AddOp:
         return [self.x, self.y]
 
 
+@dataclass(eq=False)
+class NormOp:
+    """A norm without an activation, whose result a fused addition reads: the end of an original residual unit."""
+
+    x: Node
+    norm: Node
+
+    @property
+    def anchor(self) -> Node:
+        return self.norm
+
+    @property
+    def reads(self) -> list[Node]:
+        return [self.x]
+
+
 @dataclass
 class Match:
     """What was found in a graph.
@@ -109,7 +126,7 @@ class Match:
         sources: node -> the node that computes its value, past those that hand on what they get.
     """
 
-    ops: dict[Node, ConvOp | UnitOp | AddOp] = field(default_factory=dict)
+    ops: dict[Node, ConvOp | UnitOp | AddOp | NormOp] = field(default_factory=dict)
     covered: set[Node] = field(default_factory=set)
     refused: dict[Node, str] = field(default_factory=dict)
     idle: dict[Node, str] = field(default_factory=dict)
@@ -310,9 +327,21 @@ class _Matcher:
             for conv in pair.convs:
                 if conv not in taken:
                     found.ops[conv] = ConvOp(pair, conv)
+        for op in self.norm_ops(found):
+            found.ops[op.anchor] = op
         for op in found.ops.values():
             found.covered |= self.covers(op)
         return found
+
+    def norm_ops(self, found: Match) -> list[NormOp]:
+        added = {node for op in found.ops.values() if isinstance(op, AddOp) for node in (op.x, op.y)}
+        return [
+            NormOp(self.resolve(node.args[0]), node)
+            for node in found.idle
+            if node in added and node not in self.banned and self.is_simple_call(node)
+            and leaves.norm_refusal(self.module(node)) is None and leaves.norm_slope(self.module(node)) is None
+            and self.calls[id(self.module(node))] == 1
+        ]  # fmt: skip
 
     def is_private(self, node: Node, user: Node) -> bool:
         """Whether the value is fresh memory that only ``user`` reads."""
@@ -380,8 +409,10 @@ class _Matcher:
             return None
         return AddOp(u, v, None, add, act, self.slope(act), act)
 
-    def covers(self, op: ConvOp | UnitOp | AddOp) -> set[Node]:
+    def covers(self, op: ConvOp | UnitOp | AddOp | NormOp) -> set[Node]:
         """The nodes that an operator stands for, except a gate, which runs in its own place."""
+        if isinstance(op, NormOp):
+            return {op.norm}
         if isinstance(op, AddOp):
             return {op.add, *([] if op.act is None else [op.act])}
         if isinstance(op, ConvOp):
@@ -418,8 +449,10 @@ class _Matcher:
             if any(root(value) in changed for value in op.reads):
                 if isinstance(op, UnitOp):
                     banned |= {op.add, *(pair.norm for pair in op.pairs)}
+                elif isinstance(op, ConvOp):
+                    banned.add(op.pair.norm)
                 else:
-                    banned.add(op.add if isinstance(op, AddOp) else op.pair.norm)
+                    banned.add(op.anchor if isinstance(op, NormOp) else op.add)
         return banned - self.banned
 
 

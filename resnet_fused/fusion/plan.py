@@ -18,7 +18,7 @@ from ..nn.units import batch_norm_args, conv_args, has_hooks, unit_args, uses_ba
 from ..ops.arguments import resolve_padding
 from ..primitives.layout import convolution_output_shape
 from . import leaves
-from .match import AddOp, ConvOp, Match, Pair, UnitOp, match
+from .match import AddOp, ConvOp, Match, NormOp, Pair, UnitOp, match
 from .trace import Trace
 
 __all__ = ["Plan", "attach_stats", "stats_of", "unit_fits"]
@@ -108,8 +108,9 @@ class Plan:
         readers: dict[Node, list[nn.Module]] = {}
         for op in self.found.ops.values():
             pair = op.pairs[0] if isinstance(op, UnitOp) else getattr(op, "pair", None)
-            if pair is not None:
-                readers.setdefault(pair.x, []).append(self._modules[pair.norm.target])
+            reader = op if isinstance(op, NormOp) else pair
+            if reader is not None:
+                readers.setdefault(reader.x, []).append(self._modules[reader.norm.target])
         self._readers = readers
         result = self._nodes[-1].args[0]
         self.output = self._sources[result] if isinstance(result, Node) else None
@@ -184,6 +185,8 @@ class Plan:
             nodes = [op.pair.norm, op.pair.act, op.conv, op.add]
         elif isinstance(op, AddOp):
             nodes = [op.add, op.act]
+        elif isinstance(op, NormOp):
+            nodes = [op.norm]
         else:
             nodes = [*(n for p in op.pairs for n in (p.norm, p.act)), *op.convs, op.shortcut, op.add]
         return sorted({n for n in nodes if n is not None}, key=self._nodes.index)
@@ -198,7 +201,9 @@ class Plan:
         return op if self.output is op.anchor and op.pairs[0].x is placeholders[0] else None
 
     def _function_of(self, op) -> Callable[[_Values], Any]:
-        run = {UnitOp: self._run_unit, ConvOp: self._run_conv, AddOp: self._run_add}[type(op)]
+        run = {
+            UnitOp: self._run_unit, ConvOp: self._run_conv, AddOp: self._run_add, NormOp: self._run_norm
+        }[type(op)]  # fmt: skip
         return lambda values: run(op, values)
 
     # --- running it ---
@@ -239,7 +244,7 @@ class Plan:
         module, _, name = node.target.rpartition(".")  # get_attr
         return getattr(self._modules[module], name)
 
-    def _norm(self, pair: Pair) -> nn.BatchNorm2d:
+    def _norm(self, pair: Pair | NormOp) -> nn.BatchNorm2d:
         return self._modules[pair.norm.target]
 
     def _conv(self, node: Node) -> nn.Conv2d:
@@ -342,6 +347,25 @@ class Plan:
             return args, stats
         return values.shared[pair]
 
+    def _run_norm(self, op: NormOp, values: _Values) -> Tensor:
+        x, norm = values[op.x], self._norm(op)
+        if not fits(x):
+            return self._plainly(op, values)
+        stats = values.stats.get(op.x) if uses_batch_statistics(norm) else None
+        args = batch_norm_args(norm)
+        return F.preact(
+            x,
+            args.weight,
+            args.bias,
+            args.running_mean,
+            args.running_var,
+            training=args.training,
+            momentum=args.momentum,
+            eps=args.eps,
+            negative_slope=1.0,  # no activation
+            x_stats=stats,
+        )
+
     def _run_add(self, op: AddOp, values: _Values) -> Tensor:
         x, y = values[op.x], values[op.y]
         gate = None if op.gate is None else values[op.gate]
@@ -367,7 +391,7 @@ class Plan:
 
     # --- in the user's own layers ---
 
-    def _plainly(self, op: ConvOp | UnitOp | AddOp, values: _Values) -> Any:
+    def _plainly(self, op: ConvOp | UnitOp | AddOp | NormOp, values: _Values) -> Any:
         nodes, known = self.nodes_of(op), {}
         if isinstance(op, ConvOp) and len(op.pair.convs) > 1:
             # The norm runs once for all that share it.

@@ -1,7 +1,7 @@
 """residual_units: residual units in turn, as one autograd node where one C++ backend runs them.
 
 In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its
-kernels. Here they do it once for up to 16 units with identity shortcuts (a quarter of those in turn at most).
+kernels. Here they do it once for up to 16 units with identity shortcuts (half of those in turn at most).
 What comes out is what the units give by themselves, to the bit; wherever something has to see the units one
 by one (torch.compile, functorch, a dispatch that is recorded, a backend that runs only some of the
 primitives), they are called one by one.
@@ -32,7 +32,7 @@ from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, count_of, split
 #: turn is the most (two units in a node cost a net of nine 4 % of peak memory), and a projecting unit has a
 #: node of its own: its input is larger than what is saved for the units behind it.
 MOST = 16
-SHARE = 4
+SHARE = 2
 
 
 class UnitArgs(NamedTuple):
