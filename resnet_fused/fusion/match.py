@@ -3,8 +3,8 @@
 norm -> activation -> convolutions becomes a :class:`Pair`. The operators to run in their place are an
 :class:`UnitOp` (a whole residual unit), a :class:`ConvOp` (one convolution with its norm, activation and, if
 there is one, the residual addition), an :class:`AddOp` (an addition with stochastic depth before it or an
-activation after it) and a :class:`NormOp` (a norm whose result such an addition reads). Everything else stays as
-the user wrote it.
+activation after it) and a :class:`NormOp` (a norm whose result such an addition reads). Everything else
+stays as the user wrote it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class AddOp:
 
 @dataclass(eq=False)
 class NormOp:
-    """A norm without an activation, whose result a fused addition reads: the end of an original residual unit."""
+    """A norm without an activation that a fused addition reads: the end of an original residual unit."""
 
     x: Node
     norm: Node
@@ -335,13 +335,15 @@ class _Matcher:
 
     def norm_ops(self, found: Match) -> list[NormOp]:
         added = {node for op in found.ops.values() if isinstance(op, AddOp) for node in (op.x, op.y)}
-        return [
-            NormOp(self.resolve(node.args[0]), node)
-            for node in found.idle
-            if node in added and node not in self.banned and self.is_simple_call(node)
-            and leaves.norm_refusal(self.module(node)) is None and leaves.norm_slope(self.module(node)) is None
-            and self.calls[id(self.module(node))] == 1
-        ]  # fmt: skip
+        nodes = [node for node in found.idle if node in added and self.is_own_norm(node)]
+        return [NormOp(self.resolve(node.args[0]), node) for node in nodes]
+
+    def is_own_norm(self, node: Node) -> bool:
+        """Whether a norm that activates nothing is what the operator computes."""
+        norm = self.module(node)
+        if node in self.banned or not self.is_simple_call(node) or self.calls[id(norm)] > 1:
+            return False
+        return leaves.norm_refusal(norm) is None and leaves.norm_slope(norm) is None
 
     def is_private(self, node: Node, user: Node) -> bool:
         """Whether the value is fresh memory that only ``user`` reads."""

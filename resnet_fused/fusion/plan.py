@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from .. import functional as F
-from ..nn.units import batch_norm_args, conv_args, has_hooks, unit_args, uses_batch_statistics
+from ..nn.units import batch_norm_args, conv_args, has_hooks, normalize, unit_args, uses_batch_statistics
 from ..ops.arguments import resolve_padding
 from ..primitives.layout import convolution_output_shape
 from . import leaves
@@ -352,19 +352,7 @@ class Plan:
         if not fits(x):
             return self._plainly(op, values)
         stats = values.stats.get(op.x) if uses_batch_statistics(norm) else None
-        args = batch_norm_args(norm)
-        return F.preact(
-            x,
-            args.weight,
-            args.bias,
-            args.running_mean,
-            args.running_var,
-            training=args.training,
-            momentum=args.momentum,
-            eps=args.eps,
-            negative_slope=1.0,  # no activation
-            x_stats=stats,
-        )
+        return normalize(norm, x, stats, negative_slope=1.0)  # no activation
 
     def _run_add(self, op: AddOp, values: _Values) -> Tensor:
         x, y = values[op.x], values[op.y]

@@ -230,6 +230,11 @@ def norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_s
     """``act(bn(x))``, the end of a net, given the statistics of ``x`` or None."""
     if not (isinstance(bn, nn.BatchNorm2d) and is_fusable(bn)):
         return reference.activation(bn(x), negative_slope)
+    return normalize(bn, x, x_stats, negative_slope)
+
+
+def normalize(bn: nn.BatchNorm2d, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
+    """``act(bn(x))`` by the operator; ``bn`` is one that it takes."""
     args = batch_norm_args(bn)
     return F.preact(
         x,
