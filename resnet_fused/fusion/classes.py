@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 __all__ = [
-    "POOL", "ROWS", "UNIT", "exchange", "is_fused", "keeps_bytes", "original_class", "plain_forward",
-    "restore", "runs_rows", "serves",
+    "POOL", "ROWS", "UNIT", "exchange", "is_fused", "original_class", "plain_forward", "restore",
+    "restore_all", "serves",
 ]  # fmt: skip
 
 UNIT, ROWS = "a fused unit", "a Sequential that runs rows of fused units"
@@ -45,16 +45,6 @@ def is_fused(module: nn.Module) -> bool:
     return _kind(module) == UNIT
 
 
-def runs_rows(module: nn.Module) -> bool:
-    """Whether a module is a Sequential that runs rows of fused units."""
-    return _kind(module) == ROWS
-
-
-def keeps_bytes(module: nn.Module) -> bool:
-    """Whether a module is a max pool that keeps one byte per output."""
-    return _kind(module) == POOL
-
-
 def original_class(module: nn.Module) -> type:
     """The class that the user gave a module."""
     return getattr(type(module), "_original_class", type(module))
@@ -73,6 +63,13 @@ def exchange(module: nn.Module, kind: str) -> None:
 def restore(module: nn.Module) -> None:
     """Give a module the user's class again."""
     module.__class__ = original_class(module)
+
+
+def restore_all(model: nn.Module, *kinds: str) -> None:
+    """Give every module of these kinds in a model the user's class again."""
+    for module in model.modules():
+        if _kind(module) in kinds:
+            restore(module)
 
 
 def _make(kind: str, cls: type, *args: Any) -> nn.Module:

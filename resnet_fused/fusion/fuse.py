@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from .analysis import analyze
-from .classes import is_fused
-from .pools import exchange_pools, restore_pools
-from .rows import exchange_sequentials, restore_sequentials
+from .classes import POOL, ROWS, is_fused, restore_all
+from .pools import exchange_pools
+from .rows import exchange_sequentials
 from .unit import convert, restore, state_of
 
 __all__ = ["fuse", "unfuse"]
@@ -58,8 +58,7 @@ def fuse(
     if strict and refused:
         lines = [f"  {norm.name}: {norm.reason}" for norm in refused]
         raise RuntimeError("\n".join([f"fuse(strict=True): {len(refused)} norms were left alone", *lines]))
-    restore_sequentials(model)
-    restore_pools(model)
+    restore_all(model, ROWS, POOL)
     for module in model.modules():
         if is_fused(module) and module not in found.units:
             restore(module)
@@ -85,8 +84,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Returns:
         model, in place; its ``state_dict`` is that of a model that has never been fused, byte for byte.
     """
-    restore_sequentials(model)
-    restore_pools(model)
+    restore_all(model, ROWS, POOL)
     for module in model.modules():
         if is_fused(module):
             restore(module)

@@ -12,7 +12,7 @@ from ..nn import max_pool
 from . import classes
 from .unit import captured
 
-__all__ = ["exchange_pools", "restore_pools"]
+__all__ = ["exchange_pools"]
 
 
 def exchange_pools(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> None:
@@ -21,13 +21,6 @@ def exchange_pools(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool]
         if type(module).forward is nn.MaxPool2d.forward and "forward" not in module.__dict__:
             if filter_fn is None or filter_fn(name, module):
                 classes.exchange(module, classes.POOL)
-
-
-def restore_pools(model: nn.Module) -> None:
-    """Undo :func:`exchange_pools`."""
-    for module in model.modules():
-        if classes.keeps_bytes(module):
-            classes.restore(module)
 
 
 @classes.serves(classes.POOL)

@@ -19,7 +19,7 @@ from .plan import Plan, attach_stats, stats_of
 from .trace import signature_of
 from .unit import captured, plan_for, state_of
 
-__all__ = ["exchange_sequentials", "restore_sequentials"]
+__all__ = ["exchange_sequentials"]
 
 
 _RESULT = {flag: torch.empty(0, requires_grad=flag) for flag in (False, True)}
@@ -32,13 +32,6 @@ def exchange_sequentials(model: nn.Module) -> None:
             members = [classes.is_fused(member) for member in module.children()]
             if any(a and b for a, b in zip(members, members[1:], strict=False)):
                 classes.exchange(module, classes.ROWS)
-
-
-def restore_sequentials(model: nn.Module) -> None:
-    """Undo :func:`exchange_sequentials`."""
-    for module in model.modules():
-        if classes.runs_rows(module):
-            classes.restore(module)
 
 
 @classes.serves(classes.ROWS)

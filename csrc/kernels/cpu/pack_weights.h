@@ -43,6 +43,37 @@ RF_INLINE void transpose(__m512 (&v)[16]) {
 }
 #endif
 
+// Whole vectors of outputs, where inputs or outputs are neighbours in memory, go from there to their place by way of registers:
+// by pack_vector, or in pairs of channels by pack_pairs.
+#if RF_LEVEL >= 2
+// A vector of outputs, [unit][lane] of `channels` input channels of one tap; in_stride or out_stride is 1.
+template <typename T, typename S>
+RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
+  constexpr int64_t L = kLanes<float>;
+  const auto value = [](vfloat v) __attribute__((always_inline)) { return sizeof(S) == sizeof(T) ? v : rounded<T>(v); };
+  if (out_stride == 1) {
+    for (int64_t channel = 0; channel < channels; ++channel) store(out + channel * width, value(load(from + channel * in_stride)));
+    return;
+  }
+  for (int64_t channel = 0; channel < channels; channel += L) {
+    const int64_t valid = min64(L, channels - channel);
+    __m512 rows[L];
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const S* const line = from + lane * out_stride + channel;
+      rows[lane] = (__m512)value(valid == L ? load(line) : load_partial(line, int(valid)));
+    }
+    transpose(rows);
+    if (valid == L) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
+    } else {
+      for (int64_t i = 0; i < valid; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
+    }
+  }
+}
+#endif
+
 // Values [channel][lane] of one tap, as they are used: rounded to the activation dtype. Lanes beyond `lanes` are 0.
 template <typename T> struct WeightBlock {
   typedef Acc<T> A;
@@ -62,32 +93,17 @@ template <typename T> struct WeightBlock {
  private:
   template <typename S>
   void read_from(const S* from, int64_t channels, int64_t lanes, int64_t in_stride, int64_t out_stride) {
+#if RF_LEVEL >= 2
+    if constexpr (sizeof(A) == 4)
+      if (lanes == L && (in_stride == 1 || out_stride == 1))
+        return pack_vector<T>(values[0], L, from, channels, in_stride, out_stride);
+#endif
     if (out_stride == 1 && lanes == L) {
       for (int64_t channel = 0; channel < channels; ++channel)
         store(values[channel], sizeof(S) == sizeof(T) ? load(from + channel * in_stride)
                                                       : rounded<T>(load(from + channel * in_stride)));
       return;
     }
-#if RF_LEVEL >= 2
-    if constexpr (sizeof(A) == 4) {
-      if (in_stride == 1 && lanes == L) {
-        for (int64_t channel = 0; channel < channels; channel += L) {
-          __m512 rows[L];
-#pragma GCC unroll 16
-          for (int64_t lane = 0; lane < L; ++lane) {
-            const S* const line = from + lane * out_stride + channel;
-            vfloat v = channels - channel >= L ? load(line) : load_partial(line, int(channels - channel));
-            if constexpr (sizeof(S) != sizeof(T)) v = rounded<T>(v);
-            rows[lane] = (__m512)v;
-          }
-          transpose(rows);
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < L; ++i) store(values[channel + i], (vfloat)rows[i]);
-        }
-        return;
-      }
-    }
-#endif
     if (lanes < L) memset(values, 0, sizeof values);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const S* const line = from + lane * out_stride;
@@ -125,36 +141,6 @@ template <typename M> static int64_t pack_units(const PackLayout& pack) {
 template <typename M> RF_INLINE int64_t pack_block_offset(const PackLayout& pack, int64_t out_block) {
   return out_block * pack.taps * pack.in_units * kOutBlock<typename M::A>;
 }
-
-// Whole vectors of outputs, where inputs or outputs are neighbours in memory, go from there to their place by way of registers.
-#if RF_LEVEL >= 2
-// A vector of outputs, [unit][lane] of `channels` input channels of one tap; in_stride or out_stride is 1.
-template <typename T, typename S>
-RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
-  constexpr int64_t L = kLanes<float>;
-  const auto value = [](vfloat v) __attribute__((always_inline)) { return sizeof(S) == sizeof(T) ? v : rounded<T>(v); };
-  if (out_stride == 1) {
-    for (int64_t channel = 0; channel < channels; ++channel) store(out + channel * width, value(load(from + channel * in_stride)));
-    return;
-  }
-  for (int64_t channel = 0; channel < channels; channel += L) {
-    const int64_t valid = min64(L, channels - channel);
-    __m512 rows[L];
-#pragma GCC unroll 16
-    for (int64_t lane = 0; lane < L; ++lane) {
-      const S* const line = from + lane * out_stride + channel;
-      rows[lane] = (__m512)value(valid == L ? load(line) : load_partial(line, int(valid)));
-    }
-    transpose(rows);
-    if (valid == L) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < L; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
-    } else {
-      for (int64_t i = 0; i < valid; ++i) store(out + (channel + i) * width, (vfloat)rows[i]);
-    }
-  }
-}
-#endif
 
 #if RF_LEVEL >= 3
 // 32 neighbours in memory, or the first n, as bfloat16.
