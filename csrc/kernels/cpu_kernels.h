@@ -41,12 +41,13 @@ struct ChannelStatsParams {
 
 struct BnActParams {
   int64_t pixels, channels;
+  int64_t pool_pixels;  // of an image, over which a's mean is taken; 0: no mean
   const void* x;
   const void* bn;     // acc [4, C]: mean, invstd, scale, shift
   double slope;
-  const void* da;     // backward only
-  const void* dz_in;  // backward only, may be null
-  void* out;          // a, or dz
+  const void* da;     // backward only: of a, or of its means [N, C]
+  const void* dz_in;  // backward only, may be null; null where there is a mean
+  void* out;          // a or its means [N, C], or dz
   void* sums;         // backward only: acc [2, C]
   Parallel parallel;
 };

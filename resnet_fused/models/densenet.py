@@ -128,9 +128,8 @@ class DenseNet(nn.Module):
                 x = after(x) if x_stats is None else after(x, x_stats)
         norm = getattr(features, self.last_norm)
         if self.fused:
-            x = units.norm_with_stats(norm, x, x_stats, self.negative_slope)
-        else:
-            x = reference.activation(norm(x), self.negative_slope)
+            return self.classifier(units.pooled_norm_with_stats(norm, x, x_stats, self.negative_slope))
+        x = reference.activation(norm(x), self.negative_slope)
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not
         return self.classifier(x)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import reference, units
-from ..primitives.layout import acc_dtype
 from .initialization import initialize
 
 __all__ = ["PreActStages"]
@@ -89,10 +88,6 @@ class PreActStages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             x = self._fused_stages(x)
-            # A mean whose gradient is scaled before it is spread over the pixels, where pooling's fills two
-            # images.
-            pixels = x.shape[2] * x.shape[3]
-            x = (x.sum((2, 3), dtype=acc_dtype(x.dtype)) / pixels).to(x.dtype)
         else:
             x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
             x = reference.activation(self.bn(x), self.negative_slope)
@@ -107,4 +102,4 @@ class PreActStages(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         wanted = units.is_fusable(self.bn) and units.uses_batch_statistics(self.bn)
         x, x_stats = units.run_in_turn(stages, x, x_stats, return_stats=wanted)
-        return units.norm_with_stats(self.bn, x, x_stats, self.negative_slope)
+        return units.pooled_norm_with_stats(self.bn, x, x_stats, self.negative_slope)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import functional as fused_functions
 from ..fusion import fuse
 from ..fusion.unit import captured
-from ..nn import reference
+from ..nn import reference, units
 from ..nn.reference.residual_unit import PREACTIVATION_ORDERS, ResidualUnit, one_of
 from .initialization import initialize
 
@@ -175,6 +175,8 @@ class ResNet(nn.Module):
             x = self.activate(self.bn1(x))
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
+        if self.fused and self.order == "full_preactivation" and not captured():
+            return self.fc(units.pooled_norm_with_stats(self.bn, x, None, self.negative_slope))
         if self.order in PREACTIVATION_ORDERS:
             x = self.activate(self.bn(x) if self.order == "full_preactivation" else x)
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn import functional as nnF
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -226,15 +227,24 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     )
 
 
-def norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
-    """``act(bn(x))``, the end of a net, given the statistics of ``x`` or None."""
+def pooled_norm_with_stats(
+    bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float
+) -> Tensor:
+    """The mean of ``act(bn(x))`` over each image's pixels, [N, C], the end of a net, given the statistics of
+    ``x`` or None."""
     if not (isinstance(bn, nn.BatchNorm2d) and is_fusable(bn)):
-        return reference.activation(bn(x), negative_slope)
-    return normalize(bn, x, x_stats, negative_slope)
+        return nnF.adaptive_avg_pool2d(reference.activation(bn(x), negative_slope), 1).flatten(1)
+    return normalize(bn, x, x_stats, negative_slope, global_avg_pool=True).flatten(1)
 
 
-def normalize(bn: nn.BatchNorm2d, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
-    """``act(bn(x))`` by the operator; ``bn`` is one that it takes."""
+def normalize(
+    bn: nn.BatchNorm2d,
+    x: Tensor,
+    x_stats: Tensor | None,
+    negative_slope: float,
+    global_avg_pool: bool = False,
+) -> Tensor:
+    """``act(bn(x))`` by the operator, or its means; ``bn`` is one that it takes."""
     args = batch_norm_args(bn)
     return F.preact(
         x,
@@ -247,6 +257,7 @@ def normalize(bn: nn.BatchNorm2d, x: Tensor, x_stats: Tensor | None, negative_sl
         eps=args.eps,
         negative_slope=negative_slope,
         x_stats=x_stats,
+        global_avg_pool=global_avg_pool,
     )
 
 

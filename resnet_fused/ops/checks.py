@@ -41,6 +41,15 @@ def activation(x: Tensor, operator: str) -> None:
         )
 
 
+def mean_over_pixels(x: Tensor, operator: str) -> None:
+    """The images of an activation have pixels to take a mean of."""
+    if min(x.shape[2:]) < 1:
+        raise RuntimeError(
+            f"{operator}: expected input to have non-zero spatial size for global_avg_pool, but input has "
+            f"sizes {list(x.shape)}"
+        )
+
+
 def batch_norm(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,

@@ -1,5 +1,5 @@
-"""preact: BatchNorm -> (Leaky)ReLU alone, one differentiable operator: the end of a pre-activation net, and
-wherever else no convolution reads the activation directly.
+"""preact: BatchNorm -> (Leaky)ReLU alone, one differentiable operator, for wherever no convolution reads the
+activation directly; or with global average pooling behind, the end of a pre-activation net.
 
 Backward recomputes the mask from x, so that only x is saved (Ioffe & Szegedy 2015, "Batch Normalization").
 """
@@ -43,6 +43,7 @@ class _Arguments(NamedTuple):
     training: bool  # use batch statistics
     eps: float
     negative_slope: float
+    global_avg_pool: bool = False
 
 
 def _check(a: _Arguments) -> None:
@@ -51,13 +52,19 @@ def _check(a: _Arguments) -> None:
         a.x.shape, a.x.dtype, a.x.device, a.x_stats, a.bn_weight, a.bn_bias, a.running_mean, a.running_var,
         a.training, a.eps,
     )  # fmt: skip
+    if a.global_avg_pool:
+        checks.mean_over_pixels(a.x, "preact")
+
+
+def _forward_shape(a: _Arguments) -> tuple[int, ...]:
+    return (*a.x.shape[:2], 1, 1) if a.global_avg_pool else a.x.shape
 
 
 def _empty_outputs(a: _Arguments):
     """Uninitialised outputs, of the sizes and strides that the operator gives."""
     x = a.x
     return (
-        empty(x.shape, x, suggests_channels_last(x)),
+        empty(_forward_shape(a), x, suggests_channels_last(x)),
         empty_acc(x, 2, x.shape[1]) if a.training and a.x_stats is None else empty_acc(x, 0),
         empty_acc(x, 4, x.shape[1]),
     )
@@ -82,7 +89,8 @@ def _forward(*args):
     bn = primitives.finalize_forward(
         used, _count(x), a.running_mean, a.running_var, a.bn_weight, a.bn_bias, a.eps
     )
-    out = primitives.bn_act_forward(x, bn, a.negative_slope)
+    forward = primitives.bn_act_pool_forward if a.global_avg_pool else primitives.bn_act_forward
+    out = forward(x, bn, a.negative_slope)
     return canonical(out, suggests_channels_last(a.x)), empty_acc(x, 0) if computed is None else computed, bn
 
 
@@ -94,7 +102,7 @@ def _forward_fake(*args):
 
 _OP = define(
     "preact(Tensor x, Tensor? x_stats, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
-    "Tensor? running_var, bool training, float eps, float negative_slope) "
+    "Tensor? running_var, bool training, float eps, float negative_slope, bool global_avg_pool=False) "
     "-> (Tensor out, Tensor x_stats, Tensor bn)",
     _forward,
     _forward_fake,
@@ -112,6 +120,7 @@ class _BackwardArguments(NamedTuple):
     training: bool
     eps: float
     negative_slope: float
+    global_avg_pool: bool = False
 
 
 def _backward_outputs(*args):
@@ -126,11 +135,17 @@ def _backward(*args):
         return tuple(t.zero_() for t in _backward_outputs(*args))
     x, dout = channels_last(a.x), channels_last(a.dout)
     is_copy = dout is not a.dout  # as behind a global average pool
-    in_place = dispatch.select_several("bn_act_backward", "preact_backward", x)
+    pool = a.global_avg_pool
+    in_place = dispatch.select_several(
+        "bn_act_pool_backward" if pool else "bn_act_backward", "preact_backward", x
+    )
     if in_place is not None:
-        dx, sums = in_place(dout, x, a.bn, a.training, a.negative_slope, is_copy)
+        dx, sums = in_place(dout, x, a.bn, a.training, a.negative_slope, pool, is_copy)
     else:
-        dz, sums = primitives.bn_act_backward(dout, x, a.bn, None, a.negative_slope)
+        if pool:
+            dz, sums = primitives.bn_act_pool_backward(dout, x, a.bn, a.negative_slope)
+        else:
+            dz, sums = primitives.bn_act_backward(dout, x, a.bn, None, a.negative_slope)
         del dout
         coefficients = primitives.finalize_backward(sums, a.bn, _count(x), a.training)
         dx = primitives.preact_apply(dz, x, coefficients, None)
@@ -139,7 +154,7 @@ def _backward(*args):
 
 _BACKWARD_OP = define(
     "preact_backward(Tensor dout, Tensor x, Tensor bn, Tensor? bn_weight, Tensor? bn_bias, bool training, "
-    "float eps, float negative_slope) -> (Tensor dx, Tensor sums)",
+    "float eps, float negative_slope, bool global_avg_pool=False) -> (Tensor dx, Tensor sums)",
     _backward,
     _backward_outputs,
 )
@@ -191,7 +206,8 @@ class _PreactBackward(Function):
 
         def function(x, gamma, beta):
             frozen = None if a.training else a.bn
-            return double_backward.pre_activation(x, gamma, beta, frozen, a.eps, a.negative_slope)
+            y = double_backward.pre_activation(x, gamma, beta, frozen, a.eps, a.negative_slope)
+            return y.mean((2, 3), keepdim=True) if a.global_avg_pool else y
 
         ddout, (dx, dgamma, dbeta) = double_backward.vjp_of_vjp(
             function,
@@ -221,6 +237,7 @@ def preact(
     eps: float = 1e-5,
     negative_slope: float = 0.0,
     x_stats: Tensor | None = None,
+    global_avg_pool: bool = False,
 ) -> Tensor:
     """BatchNorm -> ReLU: ``relu(batch_norm(x, ...))``, saving x alone for backward.
 
@@ -233,12 +250,16 @@ def preact(
         eps: added to the variance.
         negative_slope: 0 is ReLU, more is LeakyReLU.
         x_stats: mean and M2 of exactly this x, [2, C] in float32 (float64 for float64): saves a read.
+        global_avg_pool: return the activation's mean over each image's pixels alone
+            (``adaptive_avg_pool2d(..., 1)``; Lin et al. 2013, "Network in Network", section 3.2), taken in
+            float32 (float64) before it is rounded; the activation is not stored.
 
     Returns:
-        [N, C, H, W] in x's dtype and layout.
+        [N, C, H, W] in x's dtype and layout; [N, C, 1, 1] with global_avg_pool.
 
     Raises:
-        ValueError, RuntimeError: as nn.BatchNorm2d does for the same arguments.
+        ValueError, RuntimeError: as nn.BatchNorm2d does for the same arguments; global_avg_pool of images
+            without pixels.
     """
     out, computed, _ = call(
         _OP,
@@ -251,6 +272,7 @@ def preact(
         training or running_mean is None,
         eps,
         negative_slope,
+        global_avg_pool,
     )
     if training and running_mean is not None:
         stats = computed if computed.numel() != 0 else x_stats

@@ -6,6 +6,8 @@ arguments in any layout. The *acc* dtype is float64 for float64 activations, els
 
 from .bn_act_backward import bn_act_backward
 from .bn_act_forward import bn_act_forward
+from .bn_act_pool_backward import bn_act_pool_backward
+from .bn_act_pool_forward import bn_act_pool_forward
 from .channel_stats import channel_stats
 from .finalize_backward import finalize_backward
 from .finalize_forward import finalize_forward
@@ -22,6 +24,8 @@ from .update_running_stats import update_running_stats
 __all__ = [
     "bn_act_backward",
     "bn_act_forward",
+    "bn_act_pool_backward",
+    "bn_act_pool_forward",
     "channel_stats",
     "finalize_backward",
     "finalize_forward",

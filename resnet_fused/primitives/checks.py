@@ -28,6 +28,15 @@ def activation(x: Tensor, name: str = "x") -> None:
         raise RuntimeError(f"expected {name} to have a floating dtype, but got {_name(x.dtype)}")
 
 
+def pooled(x: Tensor) -> None:
+    """x is an activation whose images have a mean."""
+    activation(x)
+    if min(x.shape[2:]) < 1:
+        raise RuntimeError(
+            f"expected x with non-zero spatial size for its mean, but got {x.shape[2]}x{x.shape[3]}"
+        )
+
+
 def like(t: Tensor | None, name: str, x: Tensor, size=None, of: str = "x") -> None:
     """t, if given, has the dtype and device of the activation x, and its size or the given one."""
     if t is None:

@@ -99,6 +99,17 @@ def bn_act_backward(
     return dz, torch.stack((d.sum((0, 2, 3)), (d * xhat).sum((0, 2, 3))))
 
 
+def bn_act_pool_forward(x: Tensor, bn: Tensor, slope: float) -> Tensor:
+    a = _activation(_pre_activation(x, bn), slope)
+    return canonical(a.mean((2, 3), keepdim=True).to(x.dtype), True)
+
+
+def bn_act_pool_backward(dy: Tensor, x: Tensor, bn: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    # In the acc dtype: it is rounded after the mask alone.
+    da = dy.to(bn.dtype) / (x.shape[2] * x.shape[3])
+    return bn_act_backward(da, x, bn, None, slope)
+
+
 def _rounded_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.dtype).to(acc_dtype(x.dtype))
 

@@ -1,4 +1,5 @@
-// a = act(x*scale + shift), and dz = da*act'(z) + dz_in with the sums of dz and dz*xhat.
+// a = act(x*scale + shift), and dz = da*act'(z) + dz_in with the sums of dz and dz*xhat; or with the mean of a over an
+// image's pixels, which is then all that is stored of a, and whose gradient is spread over them.
 #include "channel_blocks.h"
 #include "primitives.h"
 
@@ -58,22 +59,93 @@ template <typename T> struct BnAct {
     }
   }
 
-  // Adds the tile's sums to slots of sum and dot.
-  template <bool kRelu, bool kDzIn, typename B>
-  void backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots,
+  // Adds the tile's activations to slots.
+  template <bool kRelu, typename B>
+  void pool_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots, B block) const {
+    constexpr int N = B::kCount;
+    constexpr int U = kUnroll<N>;
+    const int64_t stride = units.columns;
+    const T* x = static_cast<const T*>(params.x) + offset;
+    const V slope = splat<A>(static_cast<A>(params.slope));
+    V scale[N], shift[N];
+    block.load_slots(bn_rows.scale + slot, scale);
+    block.load_slots(bn_rows.shift + slot, shift);
+    V sum[U][N] = {};
+    const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int u = 0; u < count.value; ++u) {
+        V value[N];
+        block.load(x + (first + u) * stride, value);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) sum[u][v] += activate<A>(preact(value[v], scale[v], shift[v]), slope, kRelu);
+      }
+    };
+    int64_t p = 0;
+    for (; p + U <= rows; p += U) take(p, Int<U>{});
+    for (; p < rows; ++p) take(p, Int<1>{});
+    add_to_slots(sum_slots + slot, sum, block);
+  }
+
+  // The mean over an image, which is a unit's range of rows.
+  template <bool kRelu> static void pool(int64_t index, void* context) {
+    const BnAct& job = *static_cast<const BnAct*>(context);
+    const Units& units = job.units;
+    const Unit unit(units, index);
+    Rows rows;
+    job.gather(unit, rows);
+    A sums[kGroupSlots];
+    memset(sums, 0, slot_count<T>(unit.columns) * sizeof(A));
+    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
+      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
+      const int64_t offset = p * units.columns + unit.first_column;
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        job.template pool_tile<kRelu>(offset + column, count, slot, rows, sums, block);
+      });
+    }
+    T* const out = static_cast<T*>(job.params.out) + unit.range * units.columns + unit.first_column;
+    const V pixels = splat<A>(static_cast<A>(units.range_rows));
+    for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+      V mean[decltype(block)::kCount];
+      block.load_slots(sums + slot, mean);
+      for (V& value : mean) value /= pixels;
+      block.store(out + column, mean);
+    });
+  }
+
+  template <int U, int N, typename B> static void add_to_slots(A* slots, V (&sum)[U][N], B block) {
+    V total[N];
+    block.load_slots(slots, total);
+    for (int v = 0; v < N; ++v) {
+      for (int u = 1; u < U; ++u) sum[0][v] += sum[u][v];
+      total[v] += sum[0][v];
+    }
+    block.store_slots(slots, total);
+  }
+
+  // Where the gradient of a tile's activations comes from.
+  enum Gradient { kOwn, kOwnAndDzIn, kOfMean };
+
+  // Adds the tile's sums to slots of sum and dot. da_offset: of the tile, or of its image's mean.
+  template <bool kRelu, Gradient kFrom, typename B>
+  void backward_tile(int64_t offset, int64_t da_offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots,
                      A* dot_slots, B block) const {
     constexpr int N = B::kCount;
     constexpr int U = kUnroll<N>;
     const int64_t stride = units.columns;
     const T* x = static_cast<const T*>(params.x) + offset;
-    const T* da = static_cast<const T*>(params.da) + offset;
-    const T* dz_in = kDzIn ? static_cast<const T*>(params.dz_in) + offset : nullptr;
+    const T* da = static_cast<const T*>(params.da) + da_offset;
+    const T* dz_in = kFrom == kOwnAndDzIn ? static_cast<const T*>(params.dz_in) + offset : nullptr;
     T* out = static_cast<T*>(params.out) + offset;
     const V slope = splat<A>(static_cast<A>(params.slope));
     V mean[N], scale[N], shift[N];
     block.load_slots(bn_rows.mean + slot, mean);
     block.load_slots(bn_rows.scale + slot, scale);
     block.load_slots(bn_rows.shift + slot, shift);
+    V of_mean[N];
+    if constexpr (kFrom == kOfMean) {
+      block.load(da, of_mean);
+      for (V& value : of_mean) value /= splat<A>(static_cast<A>(units.range_rows));
+    }
     V sum[U][N] = {}, dot[U][N] = {};
     const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
     // The unrolling is asked for by name: GCC would leave the accumulators in memory.
@@ -82,12 +154,16 @@ template <typename T> struct BnAct {
         const int64_t i = (first + u) * stride;
         V value[N], dz[N], add[N];
         block.load(x + i, value);
-        block.load(da + i, dz);
-        if constexpr (kDzIn) block.load(dz_in + i, add);
+        if constexpr (kFrom == kOfMean) {
+          for (int v = 0; v < N; ++v) dz[v] = of_mean[v];
+        } else {
+          block.load(da + i, dz);
+        }
+        if constexpr (kFrom == kOwnAndDzIn) block.load(dz_in + i, add);
 #pragma GCC unroll 4
         for (int v = 0; v < N; ++v) {
           dz[v] = activate_grad<A>(preact(value[v], scale[v], shift[v]), dz[v], slope, kRelu);
-          if constexpr (kDzIn) dz[v] += add[v];
+          if constexpr (kFrom == kOwnAndDzIn) dz[v] += add[v];
         }
         block.store(out + i, dz);
 #pragma GCC unroll 4
@@ -100,22 +176,11 @@ template <typename T> struct BnAct {
     int64_t p = 0;
     for (; p + U <= rows; p += U) take(p, Int<U>{});
     for (; p < rows; ++p) take(p, Int<1>{});
-    V total[N], product[N];
-    block.load_slots(sum_slots + slot, total);
-    block.load_slots(dot_slots + slot, product);
-    for (int v = 0; v < N; ++v) {
-      for (int u = 1; u < U; ++u) {
-        sum[0][v] += sum[u][v];
-        dot[0][v] += dot[u][v];
-      }
-      total[v] += sum[0][v];
-      product[v] += dot[0][v];
-    }
-    block.store_slots(sum_slots + slot, total);
-    block.store_slots(dot_slots + slot, product);
+    add_to_slots(sum_slots + slot, sum, block);
+    add_to_slots(dot_slots + slot, dot, block);
   }
 
-  template <bool kRelu, bool kDzIn> static void backward(int64_t index, void* context) {
+  template <bool kRelu, Gradient kFrom> static void backward(int64_t index, void* context) {
     const BnAct& job = *static_cast<const BnAct*>(context);
     const Units& units = job.units;
     const Unit unit(units, index);
@@ -128,7 +193,8 @@ template <typename T> struct BnAct {
       const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
       const int64_t offset = units.first + p * units.columns + unit.first_column;
       for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
-        job.template backward_tile<kRelu, kDzIn>(offset + column, count, slot, rows, sums, dots, block);
+        const int64_t da = kFrom == kOfMean ? unit.range * units.columns + unit.first_column : offset;
+        job.template backward_tile<kRelu, kFrom>(offset + column, da + column, count, slot, rows, sums, dots, block);
       });
     }
     A* out = job.partial + unit.range * 2 * units.columns + unit.first_column;
@@ -137,27 +203,41 @@ template <typename T> struct BnAct {
   }
 };
 
+// As split(), or with the images as ranges where a mean is taken over each.
+template <typename T> Split split_for(const BnActParams& params) {
+  if (params.pool_pixels == 0) return split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  Split s = split<T>(params.pixels, params.channels, 1);
+  s.body.range_rows = params.pool_pixels;
+  s.body.ranges = s.body.rows / s.body.range_rows;
+  return s;
+}
+
 }  // namespace
 
 template <typename T> void bn_act_forward(const BnActParams& params) {
-  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
-  for_both<0>(parts, static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
-    BnAct<T> job = {params, units, nullptr};
-    params.parallel.run(
-        units.count(),
-        params.slope == 0 ? &BnAct<T>::template forward<true> : &BnAct<T>::template forward<false>, &job);
+  typedef BnAct<T> Job;
+  const bool relu = params.slope == 0;
+  const auto task = params.pool_pixels != 0 ? relu ? &Job::template pool<true> : &Job::template pool<false>
+                    : relu                  ? &Job::template forward<true>
+                                            : &Job::template forward<false>;
+  for_both<0>(split_for<T>(params), static_cast<Acc<T>*>(nullptr), [&](const Units& units, Acc<T>*) {
+    Job job = {params, units, nullptr};
+    params.parallel.run(units.count(), task, &job);
   });
+}
+
+template <typename T, bool kRelu> static auto backward_task(const BnActParams& params) {
+  typedef BnAct<T> Job;
+  return params.pool_pixels != 0    ? &Job::template backward<kRelu, Job::kOfMean>
+         : params.dz_in != nullptr ? &Job::template backward<kRelu, Job::kOwnAndDzIn>
+                                   : &Job::template backward<kRelu, Job::kOwn>;
 }
 
 template <typename T> void bn_act_backward(const BnActParams& params) {
   typedef Acc<T> A;
-  const Split parts = split<T>(params.pixels, params.channels, pixels_per_row<T>(params.channels));
+  const Split parts = split_for<T>(params);
   A* partial = partial_buffer<2, A>(parts);
-  const bool relu = params.slope == 0;
-  const auto task = params.dz_in == nullptr ? relu ? &BnAct<T>::template backward<true, false>
-                                                   : &BnAct<T>::template backward<false, false>
-                    : relu                  ? &BnAct<T>::template backward<true, true>
-                                            : &BnAct<T>::template backward<false, true>;
+  const auto task = params.slope == 0 ? backward_task<T, true>(params) : backward_task<T, false>(params);
   for_both<2>(parts, partial, [&](const Units& units, A* out) {
     BnAct<T> job = {params, units, out};
     params.parallel.run(units.count(), task, &job);
