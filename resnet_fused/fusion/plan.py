@@ -167,6 +167,9 @@ class Plan:
             elif node in self._gates:
                 steps.append((lambda values, node=node: self._gate(node, values), node))
                 reads.append([self._sources[n] for n in node.all_input_nodes])
+            elif node in self._readers and self._is_plain_conv(node):
+                steps.append((lambda values, node=node: self._run_plain_conv(node, values), node))
+                reads.append([self._sources[n] for n in node.all_input_nodes])
             else:
                 steps.append((lambda values, node=node: self._call(node, values), node))
                 reads.append([self._sources[n] for n in node.all_input_nodes])
@@ -329,6 +332,22 @@ class Plan:
         if op.add is None or inside:
             return result
         return self._add_plainly(op.add, op.conv, result, values)
+
+    def _is_plain_conv(self, node: Node) -> bool:
+        module = self.module(node)
+        return isinstance(module, nn.Conv2d) and leaves.conv_refusal(module) is None
+
+    def _run_plain_conv(self, node: Node, values: _Values) -> Tensor:
+        """A convolution without a norm in front, with the statistics that a fused norm behind it reads."""
+        x, conv = values[self._sources[node.all_input_nodes[0]]], self._conv(node)
+        wanted = any(uses_batch_statistics(reader) for reader in self._readers[node])
+        if not (wanted and type(x) is Tensor and x.dim() == 4):
+            return self._call(node, values)
+        c = conv_args(conv)
+        result = F.conv2d_stats(
+            x, c.weight, c.bias, stride=c.stride, padding=c.padding, dilation=c.dilation, groups=c.groups
+        )
+        return self._keep(result, node, values, True)
 
     def _norm_of(self, pair: Pair, norm: nn.BatchNorm2d, x: Tensor, values: _Values):
         """The norm's arguments and the statistics of x, for one of the convolutions that share it.

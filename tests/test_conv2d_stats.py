@@ -1,0 +1,186 @@
+"""functional.conv2d_stats: a plain convolution and the statistics of its output."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import GRADCHECK, STATS_EPS, assert_trusted
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused.functional import conv2d_stats
+
+CL = torch.channels_last
+#: (x, weight, options): stems of CIFAR and ImageNet nets, the first convolution of a bottleneck, dilation.
+CASES = {
+    "cifar": ((3, 3, 9, 8), (16, 3, 3, 3), {"padding": 1}),
+    "imagenet": ((2, 3, 20, 23), (20, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "bottleneck": ((2, 40, 6, 5), (24, 40, 1, 1), {}),
+    "strided 1x1": ((2, 20, 7, 7), (24, 20, 1, 1), {"stride": (2, 2)}),
+    "dilated": ((2, 17, 9, 9), (5, 17, 3, 3), {"padding": 2, "dilation": 2}),
+}
+pytestmark = pytest.mark.usefixtures("cpu_library")
+
+
+def make(case, dtype, format=CL):
+    size, weight, options = CASES[case]
+    x = (torch.randn(size) + 1).to(dtype).contiguous(memory_format=format).requires_grad_()
+    return x, torch.randn(weight).to(dtype).contiguous(memory_format=format).requires_grad_(), options
+
+
+def primitives(function):
+    with rf.record_dispatch() as log:
+        result = function()
+    return result, [record.primitive for record in log]
+
+
+def gradients(y, leaves, dy):
+    return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_against_conv2d(case, dtype):
+    x, weight, options = make(case, dtype)
+    (y, stats), ran = primitives(lambda: conv2d_stats(x, weight, **options))
+    assert ran == ["preact_conv_forward"] and y.requires_grad and not stats.requires_grad
+    plain = F.conv2d(x, weight, **options)
+    assert y.dtype == plain.dtype and y.stride() == plain.stride()
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    oracle = F.conv2d(*exact, **options)
+    assert_trusted(y.detach(), plain.detach(), oracle.detach(), "y")
+    variance, mean = torch.var_mean(y.detach().double(), (0, 2, 3), correction=0)
+    eps = STATS_EPS * torch.finfo(stats.dtype).eps
+    assert ((stats[0] - mean).abs() <= eps * (variance.sqrt() + mean.abs())).all()
+    m2 = variance * y.numel() / y.shape[1]
+    assert ((stats[1] - m2).abs() <= eps * m2).all()
+    dy = torch.randn_like(y)
+    for name, *values in zip(
+        ("dx", "dweight"),
+        gradients(y, (x, weight), dy),
+        gradients(plain, (x, weight), dy),
+        gradients(oracle, exact, dy),
+        strict=True,
+    ):
+        assert values[0].dtype == values[1].dtype
+        assert_trusted(*values, name)
+
+
+@pytest.mark.parametrize("case", ["cifar", "bottleneck"])
+def test_under_autocast(case):
+    x, weight, options = make(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        (y, _), ran = primitives(lambda: conv2d_stats(x, weight, **options))
+        plain = F.conv2d(x, weight, **options)
+    assert ran == ["preact_conv_forward"] and y.dtype is torch.bfloat16
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight)]
+    oracle, dy = F.conv2d(*exact, **options), torch.randn(y.shape, dtype=y.dtype)
+    assert_trusted(y.detach(), plain.detach(), oracle.detach(), "y")
+    results = [gradients(t, leaves, dy) for t, leaves in ((y, (x, weight)), (plain, (x, weight)), (oracle, exact))]
+    for name, *values in zip(("dx", "dweight"), *results, strict=True):
+        assert values[0].dtype is torch.float32
+        assert_trusted(*values, name)
+
+
+@pytest.mark.parametrize("case", ["cifar", "bottleneck", "dilated"])
+def test_gradcheck(case):
+    size, weight, options = CASES[case]
+    x = torch.randn(2, size[1], 4, 3, dtype=torch.float64).contiguous(memory_format=CL).requires_grad_()
+    w = torch.randn(2, *weight[1:], dtype=torch.float64).contiguous(memory_format=CL).requires_grad_()
+
+    def function(x, w):
+        return conv2d_stats(x, w, **options)[0]
+
+    torch.autograd.gradcheck(function, (x, w), **GRADCHECK)
+    torch.autograd.gradgradcheck(function, (x, w), **GRADCHECK)
+
+
+def test_gradient_of_one_of_two():
+    x, weight, options = make("bottleneck", torch.float32)
+    both = gradients(conv2d_stats(x, weight, **options)[0], (x, weight), dy := torch.randn(2, 24, 6, 5))
+    (dx,) = gradients(conv2d_stats(x, weight.detach(), **options)[0], (x,), dy)
+    (dweight,) = gradients(conv2d_stats(x.detach(), weight, **options)[0], (weight,), dy)
+    assert torch.equal(dx, both[0]) and torch.equal(dweight, both[1])
+    with torch.no_grad():
+        assert not conv2d_stats(x, weight, **options)[0].requires_grad
+
+
+LIBRARY = {
+    "NCHW": lambda x, w: conv2d_stats(x.contiguous(), w.contiguous(), padding=1),
+    "bias": lambda x, w: conv2d_stats(x, w, torch.zeros(16), padding=1),
+    "groups": lambda x, w: conv2d_stats(x, w[:15, :1], padding=1, groups=3),
+    "padding='same'": lambda x, w: conv2d_stats(x, w, padding="same"),
+    "an empty batch": lambda x, w: conv2d_stats(x[:0], w, padding=1),
+    "float16": lambda x, w: conv2d_stats(x.half(), w.half(), padding=1),
+    "a tensor subclass": lambda x, w: conv2d_stats(x.as_subclass(type("Own", (torch.Tensor,), {})), w, padding=1),
+    "vmap": lambda x, w: torch.func.vmap(lambda x: conv2d_stats(x, w, padding=1)[0])(x[None]),
+    "another backend": lambda x, w: by_reference(x, w),
+}
+
+
+def by_reference(x, w):
+    with rf.use_backend("reference"):
+        return conv2d_stats(x, w, padding=1)
+
+
+@pytest.mark.parametrize("case", LIBRARY)
+def test_left_to_the_library(case):
+    x, weight, _ = make("cifar", torch.float32)
+    with torch.no_grad():
+        result, ran = primitives(lambda: LIBRARY[case](x, weight))
+    assert "preact_conv_forward" not in ran
+    if case not in ("an empty batch", "groups", "vmap"):
+        torch.testing.assert_close(result[0].float(), F.conv2d(x, weight, padding=1), rtol=1e-2, atol=2e-2)
+
+
+def test_compiled_in_one_graph():
+    x, weight, _ = make("cifar", torch.float32)
+    compiled = torch.compile(lambda x, w: conv2d_stats(x, w, padding=1), fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(x, weight), conv2d_stats(x, weight, padding=1), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_errors_are_conv2ds():
+    x, weight, _ = make("cifar", torch.float32)
+    for arguments, options in [
+        ((x, weight[:, :2]), {}), ((x, weight), {"stride": 0}), ((x, weight), {"padding": -1}),
+        ((x, weight.double()), {}), ((x, weight), {"dilation": 9}), ((x, weight[0]), {}),
+    ]:  # fmt: skip
+        with pytest.raises(RuntimeError) as expected:
+            F.conv2d(*arguments, **options)
+        with pytest.raises(RuntimeError) as raised:
+            conv2d_stats(*arguments, **options)
+        assert str(raised.value) == str(expected.value)
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+def test_first_convolution_of_a_fused_original_unit():
+    """fuse: it gives the statistics of its output; a layer with a hook is still called."""
+    plain = nn.Sequential(Unit()).to(memory_format=CL)
+    fused = rf.fuse(nn.Sequential(Unit())).to(memory_format=CL)
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 16, 6, 6).contiguous(memory_format=CL)
+    y, ran = primitives(lambda: fused(x))
+    assert ran.count("preact_conv_forward") == 2 and "channel_stats" not in ran
+    torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(fused.get_buffer(name), buffer)
+    called = []
+    handle = fused[0].conv1.register_forward_hook(lambda *_: called.append(1))
+    _, ran = primitives(lambda: fused(x))
+    assert called == [1] and ran.count("preact_conv_forward") == 1
+    handle.remove()
+    fused(x)
+    assert called == [1]
+    fused.load_state_dict(plain.state_dict())
+    fused.eval()
+    assert primitives(lambda: fused(x))[1].count("preact_conv_forward") == 1
+    torch.testing.assert_close(fused(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
