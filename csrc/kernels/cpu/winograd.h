@@ -140,48 +140,86 @@ struct Grid {
   RF_INLINE_METHOD vfloat round(vfloat v) const { return (v + offset) - offset; }
 };
 
-// G g G^T of one output block, as [position][in channel][out lane]; norms: sum of the magnitudes per output; flipped: of the
-// kernel turned by 180 degrees, as the input gradient needs it.
+// Packed weights: [output block][position][in channel][out lane]. Positions lie an odd number of vectors apart: a power of
+// two would map them all to a few cache sets.
+RF_INLINE int64_t winograd_position_step(const PackLayout& pack, int vectors) {
+  return (pack.in_units * vectors | 1) * kLanes<float>;
+}
+template <typename F> RF_INLINE int64_t winograd_block_offset(const PackLayout& pack, int64_t out_block) {
+  return out_block * F::kPositions * winograd_position_step(pack, 2);
+}
+
+// Input channels that one task packs for one vector of outputs.
+constexpr int64_t kWinogradPackChannels = 16;
+
+// G g G^T of kWinogradPackChannels inputs, from unit0, to one vector of outputs. norms: sum of the magnitudes per output;
+// flipped: of the kernel turned by 180 degrees, as the input gradient needs it.
 template <typename T>
-static void pack_winograd(float* out, float* norms, const PackLayout& pack, int64_t out_block, const void* weight,
+static void pack_winograd(float* packed, float* norms, const PackLayout& pack, int64_t vector, int64_t unit0, const void* weight,
                           const WeightLayout& layout, int64_t in_stride, int64_t out_stride, bool flipped) {
   typedef FilterOf<T> F;
   constexpr int L = kLanes<float>, P = F::kPoints;
-  const int vectors = pack_vectors<ModeF32>(pack, out_block);
-  const int64_t width = int64_t(vectors) * L, position_step = pack.in_units * width;
-  vfloat sums[2] = {};
+  const int64_t block = vector / 2, first = vector * L;
+  const int64_t lanes = min64(L, pack.out_channels - first), units = min64(kWinogradPackChannels, pack.in_units - unit0);
+  const int vectors = pack_vectors<ModeF32>(pack, block);
+  const int64_t width = int64_t(vectors) * L, position_step = winograd_position_step(pack, vectors);
+  float* at = packed + winograd_block_offset<F>(pack, block) + unit0 * width + vector % 2 * L;
   WeightBlock<T> taps[3][3];
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t first = out_block * kOutBlock<float> + v * L, lanes = min64(L, pack.out_channels - first);
-    for (int64_t unit0 = 0; unit0 < pack.in_units; unit0 += kPackChannels) {
-      const int64_t units = min64(kPackChannels, pack.in_units - unit0);
-      for (int r = 0; r < 3; ++r)
-        for (int s = 0; s < 3; ++s)
-          taps[r][s].read(weight, layout,
-                          (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s +
-                              unit0 * in_stride + first * out_stride,
-                          units, lanes, in_stride, out_stride);
-      for (int64_t unit = 0; unit < units; ++unit) {
-        vfloat columns[P][3];
-        for (int s = 0; s < 3; ++s) {
-          vfloat g[3], u[P];
-          for (int r = 0; r < 3; ++r) {
-            g[r] = taps[r][s].row(unit);
-            sums[v] += magnitude(g[r]);
-          }
-          F::weight(g, u);
-          for (int r = 0; r < P; ++r) columns[r][s] = u[r];
-        }
-        float* const at = out + (unit0 + unit) * width + v * L;
-        for (int r = 0; r < P; ++r) {
-          vfloat u[P];
-          F::weight(columns[r], u);
-          for (int s = 0; s < P; ++s) store(at + (r * P + s) * position_step, u[s]);
-        }
+  for (int r = 0; r < 3; ++r)
+    for (int s = 0; s < 3; ++s)
+      taps[r][s].read(weight, layout,
+                      (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s + unit0 * in_stride +
+                          first * out_stride,
+                      units, lanes, in_stride, out_stride);
+  vfloat sum = {};
+  for (int64_t unit = 0; unit < units; ++unit, at += width) {
+    vfloat columns[P][3];
+#pragma GCC unroll 3
+    for (int s = 0; s < 3; ++s) {
+      vfloat g[3], u[P];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        g[r] = taps[r][s].row(unit);
+        sum += magnitude(g[r]);
       }
+      F::weight(g, u);
+#pragma GCC unroll 6
+      for (int r = 0; r < P; ++r) columns[r][s] = u[r];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < P; ++r) {
+      vfloat u[P];
+      F::weight(columns[r], u);
+#pragma GCC unroll 6
+      for (int s = 0; s < P; ++s) store(at + (r * P + s) * position_step, u[s]);
     }
   }
-  for (int v = 0; v < 2; ++v) store(norms + v * L, sums[v]);
+  store(norms, sum);
+}
+
+// All of them, and the outputs' norms.
+template <typename T>
+static void pack_winograd(float* packed, float* norms, const Parallel& parallel, const PackLayout& pack, const void* weight,
+                          const WeightLayout& layout, bool turned) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t vectors = divide_up(pack.out_channels, L), chunks = divide_up(pack.in_units, kWinogradPackChannels);
+  parallel_for(parallel, vectors * chunks, [&](int64_t task) {
+    const int64_t vector = task / chunks, chunk = task % chunks;
+    pack_winograd<T>(packed, norms + (chunk * vectors + vector) * L, pack, vector, chunk * kWinogradPackChannels, weight, layout,
+                     turned ? layout.stride_k : layout.stride_c, turned ? layout.stride_c : layout.stride_k, turned);
+  });
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    vfloat sum = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(norms + (chunk * vectors + vector) * L);
+    store(norms + vector * L, sum);
+  }
+}
+// The floats that they take.
+template <typename F> static int64_t winograd_packed_floats(const PackLayout& pack) {
+  return winograd_block_offset<F>(pack, pack.out_blocks);
+}
+static int64_t winograd_norm_floats(const PackLayout& pack) {
+  return divide_up(pack.out_channels, int64_t(kLanes<float>)) * kLanes<float> * divide_up(pack.in_units, kWinogradPackChannels);
 }
 
 // B^T d B of `count` neighbouring tiles of one channel block; `in`: the first tile's corner, `line`: from row to row, `step`:
@@ -374,8 +412,9 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
     int64_t pixels_after = pixels_before;
     for (int64_t block = 0; block < pack.out_blocks; ++block) {
       const int vectors = pack_vectors<ModeF32>(pack, block);
-      const float* w = packed + pack_block_offset<ModeF32>(pack, block);
-      for (int64_t position = 0; position < F::kPositions; ++position, w += pack.in_units * vectors * L) {
+      const float* w = packed + winograd_block_offset<F>(pack, block);
+      const int64_t position_step = winograd_position_step(pack, vectors);
+      for (int64_t position = 0; position < F::kPositions; ++position, w += position_step) {
         next.advance();
         for (int64_t i = 0; i < groups; ++i) {
           const int64_t begin = split_begin(tiles, groups, i);
@@ -459,14 +498,10 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
   typedef typename NoteOf<F::kGrid>::type Note;
   const WinogradProblem& p = plan.p;
   const PackLayout pack = make_pack<ModeF32>(p.in_channels, p.out_channels, F::kPositions);
-  const int64_t packed_size = pack_units<ModeF32>(pack);
-  float* const packed = static_cast<float*>(
-      thread_scratch(kScratchPack, size_t(packed_size + pack.out_blocks * kOutBlock<float>) * sizeof(float)));
-  float* const norms = packed + packed_size;
-  parallel_for(parallel, pack.out_blocks, [&](int64_t block) {
-    pack_winograd<T>(packed + pack_block_offset<ModeF32>(pack, block), norms + block * kOutBlock<float>, pack, block, weight,
-                     layout, turned ? layout.stride_k : layout.stride_c, turned ? layout.stride_c : layout.stride_k, turned);
-  });
+  float* const packed = static_cast<float*>(thread_scratch(
+      kScratchPack, size_t(winograd_packed_floats<F>(pack) + winograd_norm_floats(pack)) * sizeof(float)));
+  float* const norms = packed + winograd_packed_floats<F>(pack);
+  pack_winograd<T>(packed, norms, parallel, pack, weight, layout, turned);
   bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.tasks)));
   const BandLayout largest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
   parallel_for(parallel, plan.tasks, [&](int64_t task) {

@@ -41,6 +41,8 @@ template <typename T> struct WinogradWgrad {
   const PreactConvWgradParams& params;
   const ConvGeometry& g;
   const WgradPlan plan;
+  // From position to position of a part's sums; an odd number of vectors, as in a strip.
+  const int64_t sum_step = (plan.blocks * g.k | 1) * L;
 
   // Of a strip: transformed inputs [position][channel block][tile][vector], transformed gradients [position][tile][k].
   // Positions lie an odd number of vectors apart, see winograd_bands.
@@ -90,7 +92,7 @@ template <typename T> struct WinogradWgrad {
     }
   }
 
-  // partial [position][group of blocks][k][vector of the group] += products of a strip's tiles.
+  // partial [position, sum_step apart][group of blocks][k][vector of the group] += products of a strip's tiles.
   void multiply(const Strip& s, int64_t tiles, A* partial, bool fresh, Prefetcher& next) const {
     GradTile<M> tile = {};
     tile.images = tile.rows = 1;
@@ -108,7 +110,7 @@ template <typename T> struct WinogradWgrad {
           const int64_t k = split_begin(g.k, groups, i);
           const int outputs = int(split_begin(g.k, groups, i + 1) - k);
           tile.dy = s.grad + position * s.grad_step + k;
-          A* const at = partial + ((position * plan.blocks + block) * g.k + k * vectors) * L;
+          A* const at = partial + position * sum_step + (block * g.k + k * vectors) * L;
           if (vectors == 2)
             run_tile<M, 2>(outputs, tile, at);
           else
@@ -152,7 +154,7 @@ template <typename T> struct WinogradWgrad {
 
   // Returns whether all of dweight is finite; dbias is then right too.
   bool run() const {
-    const int64_t partial_size = plan.slots * L * g.k, stride = partial_size + g.k;
+    const int64_t partial_size = F::kPositions * sum_step, stride = partial_size + round_up(g.k, L);
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
     parallel_for(params.parallel, plan.parts, [&](int64_t part) {
       A* const partial = partials + part * stride;
@@ -181,7 +183,7 @@ template <typename T> struct WinogradWgrad {
             vdouble u[P] = {};
             for (int r = 0; r < P; ++r)
               for (int64_t part = 0; part < plan.parts; ++part)
-                u[r] += load_wide(first + (r * P + j) * plan.blocks * g.k * L + part * stride + half * L / 2);
+                u[r] += load_wide(first + (r * P + j) * sum_step + part * stride + half * L / 2);
             F::weight_gradient(u, columns[j]);
           }
           for (int r = 0; r < 3; ++r) {
