@@ -1,4 +1,5 @@
-"""torch.ops.resnet_fused.preact and functional.preact: BatchNorm -> (Leaky)ReLU (-> global average pool) alone."""
+"""torch.ops.resnet_fused.preact and functional.preact: BatchNorm -> (Leaky)ReLU (-> global average
+pool) alone."""
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_against_plain(pool, shape, training, slope, dtype):
 @pools
 def test_without_parameters(pool, affine, running):
     shape = (3, 5, 4, 6)
-    given, dout = make(shape, affine=affine, running=running, dtype=torch.float64), torch.randn(out_shape(shape, pool))
+    given = make(shape, affine=affine, running=running, dtype=torch.float64)
+    dout = torch.randn(out_shape(shape, pool))
     expected = run(plain, given, dout, training=False, global_avg_pool=pool)
     for name, value in run(preact, given, dout, training=False, global_avg_pool=pool).items():
         torch.testing.assert_close(value, expected[name])
@@ -124,7 +126,8 @@ def test_gradient_of_means_in_another_format(expanded, dtype):
     kept = dout.clone()
     results = torch.autograd.grad(out, (x, gamma, beta), dout, retain_graph=True)
     assert torch.equal(dout, kept)
-    expected = torch.autograd.grad(out, (x, gamma, beta), dout.contiguous(memory_format=CL), retain_graph=True)
+    dense = dout.contiguous(memory_format=CL)
+    expected = torch.autograd.grad(out, (x, gamma, beta), dense, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     with rf.record_dispatch():  # one primitive after another
         expected = torch.autograd.grad(out, (x, gamma, beta), dout)
@@ -196,8 +199,9 @@ def test_bad_input():
     for format in (CL, torch.contiguous_format):
         for shape in ((2, 4, 0, 3), (0, 4, 3, 0)):
             message = f"expected input to have non-zero spatial size for global_avg_pool.*sizes {list(shape)}"
+            empty = torch.zeros(shape).to(memory_format=format)
             with pytest.raises(RuntimeError, match=message.replace("[", r"\[")):
-                preact(torch.zeros(shape).to(memory_format=format), gamma, beta, mean, var, global_avg_pool=True)
+                preact(empty, gamma, beta, mean, var, global_avg_pool=True)
 
 
 @pytest.mark.usefixtures("cpu_library")
@@ -277,6 +281,7 @@ def test_means_gradient_is_not_written_over():
     """It is smaller than what would be written."""
     x, dy, bn = torch.randn(2, 16, 3, 3).to(memory_format=CL), torch.randn(2, 16, 1, 1), torch.rand(4, 16)
     kept = dy.clone()
-    results = [torch.ops.resnet_fused_cpu.preact_backward(dy, x, bn, True, 0.0, True, into) for into in (False, True)]
+    backward = torch.ops.resnet_fused_cpu.preact_backward
+    results = [backward(dy, x, bn, True, 0.0, True, into) for into in (False, True)]
     assert torch.equal(dy, kept)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][0].shape == x.shape

@@ -29,9 +29,9 @@ def bn_act_pool_backward_kernel(
     mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
     scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
     shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
-    # The mean's gradient is the same at every pixel, so dz has two values, and their sum is a matter of counting:
-    # adding up one number many times would round the same way each time. Of what is stored, since preact_apply
-    # reads what is stored.
+    # The mean's gradient is the same at every pixel, so dz has two values, and their sum is a matter of
+    # counting: adding up one number many times would round the same way each time. Of what is stored, since
+    # preact_apply reads what is stored.
     dy = tl.load(dy_ptr + image * channels + c, mask=in_c, other=0.0).to(tl.float32) / pixels
     high = dy.to(dz_ptr.dtype.element_ty).to(tl.float32)
     if ACTIVATION == 1:
