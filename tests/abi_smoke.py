@@ -63,6 +63,10 @@ def raw_operators():
         dy, a, weight, [3], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])[0]
     close("bn_act_backward", ops.bn_act_backward(
         da.contiguous(memory_format=torch.channels_last), x, bn, None, SLOPE)[0], dz)
+    means = ops.bn_act_pool_forward(x, bn, SLOPE)
+    close("bn_act_pool_forward", means, a_ref.detach().mean((2, 3), keepdim=True))
+    close("bn_act_pool_backward", ops.bn_act_pool_backward(means, x, bn, SLOPE)[0], ops.bn_act_backward(
+        (means / 42).expand(x.shape).contiguous(memory_format=torch.channels_last), x, bn, None, SLOPE)[0])
     out, _ = ops.residual_add(dy, residual, None, None, 0.5, None, True)
     close("residual_add", out, dy + 0.5 * residual)
 

@@ -145,13 +145,15 @@ class TestArithmetic:
             case = cases.Case(name, layer, layer.input, {})
             assert case.bytes == 2 * values
             assert case.flops == 2 * y * 8 * (2 if name.endswith("1x1") else 1)
-        for name, passes in zip(cases.PASSES, (1, 2, 3, 4, 3), strict=True):
+        for name, passes in zip((*cases.PASSES, *cases.POOLS), (1, 2, 3, 4, 3, 1, 2), strict=True):
             assert cases.Case(name, None, layer.input, {}).bytes == 2 * x * passes
 
     def test_cases(self):
         found = cases.cases(list(NETS.values()))
         assert len({case.name for case in found}) == len(found)
-        assert {case.primitive for case in found} == {*cases.CONVOLUTIONS, *cases.PASSES}
+        assert {case.primitive for case in found} == {*cases.CONVOLUTIONS, *cases.PASSES, *cases.POOLS}
+        pools = {case.shape: case.nets for case in found if case.primitive in cases.POOLS}
+        assert pools[128, 256, 8, 8] == {"preact_resnet164_cifar": 1, "preact_resnet1001_cifar": 1}
         stems = [case for case in found if case.layer is not None and case.layer.image]
         assert {case.primitive for case in stems} == {"preact_conv_forward"}
         shared = next(c for c in found if c.name == "preact_conv_wgrad 128x16x32x32 16x16x3x3 s1")
@@ -210,7 +212,7 @@ class TestKernels:
         assert kernels.run(*args, deadline=time.monotonic() + 600, say=told.append) == 0
         assert part.rows == before
 
-    @pytest.mark.parametrize("primitive", [*cases.CONVOLUTIONS, *cases.PASSES])
+    @pytest.mark.parametrize("primitive", [*cases.CONVOLUTIONS, *cases.PASSES, *cases.POOLS])
     def test_a_wrong_result_is_not_timed(self, tmp_path, timer, monkeypatch, primitive):
         case = next(
             c for c in cases.cases([TINY]) if c.primitive == primitive and not (c.layer and c.layer.image)

@@ -116,7 +116,8 @@ def test_a_kept_choice_follows_the_precision(monkeypatch):
 def test_every_primitive_has_an_operator():
     if not cuda_kernels.extension.cuda_loaded():
         pytest.skip("the CUDA library is not loaded")
-    in_triton_alone = {"max_pool_forward", "max_pool_backward"}  # docs/design.md
+    pools = ("bn_act_pool", "max_pool")
+    in_triton_alone = {f"{pool}_{way}" for pool in pools for way in ("forward", "backward")}  # docs/design.md
     for primitive, implementations in dispatch._implementations.items():
         if primitive in in_triton_alone:
             assert "cuda" not in implementations

@@ -317,6 +317,29 @@ def test_dense_blocks_share_statistics():
     assert not any(record.primitive == "channel_stats" for record in log)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [wide, dense, lambda: ResNet([1, 1], [16, 32], order="full_preactivation")],
+    ids=["wide", "dense", "resnet"],
+)
+def test_ends_in_one_pass_each_way(make):
+    """The last norm, its activation and the average pool; PyTorch's, and equal, with a hook on the norm."""
+    model = make().to(memory_format=torch.channels_last)
+    norm = getattr(model.features, model.last_norm) if isinstance(model, DenseNet) else model.bn
+    x = images()
+    with rf.record_dispatch() as log:
+        expected = model(x)
+        expected.sum().backward()
+    ran = [record.primitive for record in log]
+    assert ran.count("bn_act_pool_forward") == ran.count("bn_act_pool_backward") == 1
+    seen = []
+    norm.register_forward_hook(lambda *args: seen.append(1))
+    with rf.record_dispatch() as log:
+        out = model(x)
+    assert seen and not any(record.primitive.startswith("bn_act_pool") for record in log)
+    torch.testing.assert_close(out, expected)
+
+
 def test_dense_layers_that_are_not_what_they_were():
     """A frozen norm, a hook on a layer, a hook on a norm: the same function, and the hooks run."""
     fused, plain = both(dense, dtype=torch.float64)

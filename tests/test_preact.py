@@ -1,6 +1,5 @@
-"""torch.ops.resnet_fused.preact and functional.preact: BatchNorm -> (Leaky)ReLU alone."""
-
-import copy
+"""torch.ops.resnet_fused.preact and functional.preact: BatchNorm -> (Leaky)ReLU (-> global average
+pool) alone."""
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ OP = torch.ops.resnet_fused.preact.default
 BACKWARD_OP = torch.ops.resnet_fused.preact_backward.default
 SHAPES = [(2, 3, 5, 7), (4, 16, 8, 8), (1, 35, 3, 3), (3, 8, 1, 6)]
 
+pools = pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
+
 
 def make(shape, *, training=True, affine=True, running=True, dtype=torch.float32, parameters=None, format=CL):
     """x, gamma, beta, running mean and variance; the first three require grad."""
@@ -27,9 +28,16 @@ def make(shape, *, training=True, affine=True, running=True, dtype=torch.float32
     return x, gamma, beta, *statistics
 
 
-def plain(x, gamma, beta, mean, var, *, training, momentum=0.1, eps=1e-5, negative_slope=0.0):
+def plain(
+    x, gamma, beta, mean, var, *, training, momentum=0.1, eps=1e-5, negative_slope=0.0, global_avg_pool=False
+):
     z = F.batch_norm(x, mean, var, gamma, beta, training or mean is None, momentum, eps)
-    return F.leaky_relu(z, negative_slope) if negative_slope else F.relu(z)
+    a = F.leaky_relu(z, negative_slope) if negative_slope else F.relu(z)
+    return F.adaptive_avg_pool2d(a, 1) if global_avg_pool else a
+
+
+def out_shape(shape, pool):
+    return (*shape[:2], 1, 1) if pool else shape
 
 
 def run(function, given, dout, **options):
@@ -48,10 +56,11 @@ def run(function, given, dout, **options):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("slope", [0.0, 0.1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_plain(shape, training, slope, dtype):
+@pools
+def test_against_plain(pool, shape, training, slope, dtype):
     masters = torch.float32 if dtype is torch.bfloat16 else dtype
-    given, dout = make(shape, dtype=dtype, parameters=masters), torch.randn(shape)
-    options = {"training": training, "negative_slope": slope}
+    given, dout = make(shape, dtype=dtype, parameters=masters), torch.randn(out_shape(shape, pool))
+    options = {"training": training, "negative_slope": slope, "global_avg_pool": pool}
     yardstick = run(plain, given, dout, **options)
     oracle = run(plain, [t.detach().double().requires_grad_(t.requires_grad) for t in given], dout, **options)
 
@@ -60,7 +69,7 @@ def test_against_plain(shape, training, slope, dtype):
             assert value.dtype == yardstick[name].dtype, name
             assert value.stride() == yardstick[name].stride(), name
             terms = 0.0
-            if name in ("dgamma", "dbeta"):  # sums of few terms: see SUM_EPS
+            if name in ("dgamma", "dbeta"):  # sums of few terms: see SUM_EPS; a mean's terms add up to dout
                 terms = dout.abs().sum((0, 2, 3)) * 4
             assert_trusted(value, yardstick[name], oracle[name], name, terms)
 
@@ -69,57 +78,112 @@ def test_against_plain(shape, training, slope, dtype):
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("running", [True, False])
-def test_without_parameters(affine, running):
-    given, dout = make((3, 5, 4, 6), affine=affine, running=running, dtype=torch.float64), torch.randn(3, 5, 4, 6)
-    expected = run(plain, given, dout, training=False)
-    for name, value in run(preact, given, dout, training=False).items():
+@pools
+def test_without_parameters(pool, affine, running):
+    shape = (3, 5, 4, 6)
+    given = make(shape, affine=affine, running=running, dtype=torch.float64)
+    dout = torch.randn(out_shape(shape, pool))
+    expected = run(plain, given, dout, training=False, global_avg_pool=pool)
+    for name, value in run(preact, given, dout, training=False, global_avg_pool=pool).items():
         torch.testing.assert_close(value, expected[name])
 
 
-def test_given_statistics(backend):
+@pools
+def test_given_statistics(backend, pool):
     x, *rest = make((2, 8, 5, 5))
     stats = torch.ops.resnet_fused.channel_stats(x.detach())
     with rf.record_dispatch() as log:
-        out = preact(x, *rest, training=True, x_stats=stats)
-    assert "channel_stats" not in [record.primitive for record in log]
+        out = preact(x, *rest, training=True, x_stats=stats, global_avg_pool=pool)
+        out.sum().backward()
+    forward = "bn_act_pool_forward" if pool else "bn_act_forward"
+    ran = [record.primitive for record in log]
+    assert ran[:3] == ["finalize_forward", forward, "update_running_stats"]
+    assert ran[3:] == [forward.replace("forward", "backward"), "finalize_backward", "preact_apply"]
     other = [x, rest[0], rest[1], rest[2].clone(), rest[3].clone()]
-    torch.testing.assert_close(out, preact(*other, training=True), rtol=1e-5, atol=1e-5)
+    expected = preact(*other, training=True, global_avg_pool=pool)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pools
+@pytest.mark.parametrize("format", [CL, torch.contiguous_format], ids=str)
+def test_saves_x_and_small_tensors(pool, format):
+    """Not the activation; x is that of the caller, with no copy."""
+    given, saved = make((2, 16, 9, 8), format=format), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        preact(*given, training=True, global_avg_pool=pool)
+    assert [t.data_ptr() for t in saved if t.dim() == 4] == [given[0].data_ptr()]
+    assert sorted(tuple(t.shape) for t in saved if t.dim() != 4) == [(4, 16), (16,), (16,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("expanded", [True, False])
+def test_gradient_of_means_in_another_format(expanded, dtype):
+    """As a linear layer, a sum and a mean give it; what backward was given it does not write to."""
+    x, gamma, beta, *_ = make((3, 20, 5, 4), dtype=dtype, parameters=torch.float32)
+    out = preact(x, gamma, beta, None, None, global_avg_pool=True)
+    dout = torch.randn(1, 1, 1, 1) if expanded else torch.randn(20, 3, 1, 1).transpose(0, 1)
+    dout = dout.to(dtype).expand(out.shape)
+    kept = dout.clone()
+    results = torch.autograd.grad(out, (x, gamma, beta), dout, retain_graph=True)
+    assert torch.equal(dout, kept)
+    dense = dout.contiguous(memory_format=CL)
+    expected = torch.autograd.grad(out, (x, gamma, beta), dense, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    with rf.record_dispatch():  # one primitive after another
+        expected = torch.autograd.grad(out, (x, gamma, beta), dout)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("format", [CL, torch.contiguous_format], ids=str)
-def test_opcheck(training, format):
+@pools
+def test_opcheck(pool, training, format):
     x, gamma, beta, mean, var = make((2, 3, 4, 5), format=format)
-    torch.library.opcheck(OP, (x, None, gamma, beta, mean, var, training, 1e-5, 0.1))
-    bn = torch.rand(4, 3)
-    arguments = (torch.randn_like(x), x.detach(), bn, gamma.detach(), beta.detach(), training, 1e-5, 0.0)
+    torch.library.opcheck(OP, (x, None, gamma, beta, mean, var, training, 1e-5, 0.1, pool))
+    bn, dout = torch.rand(4, 3), torch.randn(out_shape(x.shape, pool)).contiguous(memory_format=format)
+    arguments = (dout, x.detach(), bn, gamma.detach(), beta.detach(), training, 1e-5, 0.0, pool)
     torch.library.opcheck(BACKWARD_OP, arguments)
+
+
+def test_pool_is_an_option_of_the_operator():
+    """Those who call it with the arguments that it had are served."""
+    x, gamma, beta, mean, var = (t.detach() for t in make((2, 3, 4, 5)))
+    out, _, bn = OP(x, None, gamma, beta, mean, var, True, 1e-5, 0.0)
+    assert out.shape == x.shape
+    assert BACKWARD_OP(out, x, bn, gamma, beta, True, 1e-5, 0.0)[0].shape == x.shape
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("slope", [0.0, 0.1])
-def test_gradcheck(training, slope):
+@pools
+def test_gradcheck(pool, training, slope):
     x, gamma, beta, mean, var = make((2, 3, 3, 2), dtype=torch.float64)
+    options = {"training": training, "negative_slope": slope, "global_avg_pool": pool}
 
     def function(x, gamma, beta):
-        return preact(x, gamma, beta, mean.clone(), var.clone(), training=training, negative_slope=slope)
+        return preact(x, gamma, beta, mean.clone(), var.clone(), **options)
 
     torch.autograd.gradcheck(function, (x, gamma, beta), **GRADCHECK)
     torch.autograd.gradgradcheck(function, (x, gamma, beta), **GRADCHECK)
 
 
-def test_empty_batch(backend):
+@pools
+def test_empty_batch(backend, pool):
     x, gamma, beta, mean, var = make((0, 4, 3, 3))
     before = mean.clone(), var.clone()
-    preact(x, gamma, beta, mean, var, training=True).sum().backward()
+    out = preact(x, gamma, beta, mean, var, training=True, global_avg_pool=pool)
+    assert out.shape == out_shape(x.shape, pool)
+    out.sum().backward()
     assert x.grad.shape == x.shape and not gamma.grad.any() and not beta.grad.any()
     assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
 
 
-def test_autocast_leaves_dtypes_alone():
-    given = make((2, 4, 3, 3))
+@pools
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_dtypes_alone(pool, dtype):
+    given = make((2, 4, 3, 3), dtype=dtype, parameters=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert preact(*given, training=True).dtype is torch.float32
+        assert preact(*given, training=True, global_avg_pool=pool).dtype is dtype
 
 
 def test_bad_input():
@@ -132,14 +196,47 @@ def test_bad_input():
         preact(x[:1, :, :1, :1], gamma, beta, mean, var, training=True)
     with pytest.raises(ValueError, match="eps must be positive"):
         preact(x, gamma, beta, mean, var, training=True, eps=0.0)
+    for format in (CL, torch.contiguous_format):
+        for shape in ((2, 4, 0, 3), (0, 4, 3, 0)):
+            message = f"expected input to have non-zero spatial size for global_avg_pool.*sizes {list(shape)}"
+            empty = torch.zeros(shape).to(memory_format=format)
+            with pytest.raises(RuntimeError, match=message.replace("[", r"\[")):
+                preact(empty, gamma, beta, mean, var, global_avg_pool=True)
 
 
-def test_compiled_in_one_graph():
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("into", [False, True])
+def test_bad_input_of_the_raw_operators(into):
+    """The C++ operators check what they are given, too."""
+    ops, x, bn = torch.ops.resnet_fused_cpu, torch.zeros(2, 3, 5, 4).to(memory_format=CL), torch.ones(4, 3)
+    none = torch.zeros(2, 3, 0, 4).to(memory_format=CL)
+    message = "non-zero spatial size for its mean, but got 0x4"
+    with pytest.raises(RuntimeError, match=message):
+        ops.bn_act_pool_forward(none, bn, 0.0)
+    with pytest.raises(RuntimeError, match=message):
+        ops.bn_act_pool_backward(torch.zeros(2, 3, 1, 1), none, bn, 0.0)
+    with pytest.raises(RuntimeError, match="means of the input"):
+        ops.bn_act_pool_backward(x, x, bn, 0.0)
+    with pytest.raises(RuntimeError, match="means of the input"):
+        ops.preact_backward(x, x, bn, True, 0.0, True, into)
+    with pytest.raises(RuntimeError, match="da"):
+        ops.preact_backward(torch.zeros(2, 3, 1, 1), x, bn, True, 0.0, False, into)
+
+
+@pools
+def test_compiled_in_one_graph(pool):
     given = make((2, 4, 3, 3))
-    other = copy.deepcopy([t.detach() for t in given])
+    other = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
     compiled = torch.compile(preact, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given, training=True), preact(*other, training=True))
+    options = {"training": True, "global_avg_pool": pool}
+    results = compiled(*given, **options), preact(*other, **options)
+    torch.testing.assert_close(*results)
     torch.testing.assert_close(given[3], other[3])
+    dout = torch.randn_like(results[0])
+    for out in results:
+        out.backward(dout)
+    for a, b in zip(given[:3], other[:3], strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -172,8 +269,19 @@ def test_writes_over_a_gradient_of_its_own(channels, in_place):
     bn = torch.ops.resnet_fused.finalize_forward(stats, 18, None, None, None, None, 1e-5)
     backward = torch.ops.resnet_fused_cpu.preact_backward
     kept = dout.clone()
-    dx, sums = backward(dout, x, bn, True, 0.0, False)
+    dx, sums = backward(dout, x, bn, True, 0.0, False, False)
     assert torch.equal(dout, kept) and dx.data_ptr() != dout.data_ptr()
-    over, sums_over = backward(dout, x, bn, True, 0.0, True)
+    over, sums_over = backward(dout, x, bn, True, 0.0, False, True)
     assert torch.equal(over, dx) and torch.equal(sums_over, sums)
     assert (over.data_ptr() == dout.data_ptr()) == in_place
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_means_gradient_is_not_written_over():
+    """It is smaller than what would be written."""
+    x, dy, bn = torch.randn(2, 16, 3, 3).to(memory_format=CL), torch.randn(2, 16, 1, 1), torch.rand(4, 16)
+    kept = dy.clone()
+    backward = torch.ops.resnet_fused_cpu.preact_backward
+    results = [backward(dy, x, bn, True, 0.0, True, into) for into in (False, True)]
+    assert torch.equal(dy, kept)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][0].shape == x.shape

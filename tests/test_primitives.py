@@ -169,6 +169,22 @@ class TestElementwise:
 
         on_every_backend(check)
 
+    @pytest.mark.parametrize("slope", [0.0, 0.1])
+    def test_bn_act_pool(self, dtype, size, slope):
+        x, dy = activation(*size, dtype=dtype), activation(*size[:2], 1, 1, dtype=dtype)
+        bn = bn_rows(size[1], dtype)
+        args = (dy, x, bn, slope)
+        y_plain, y_oracle = (reference.bn_act_pool_forward(*a[1:]) for a in (args, wide(*args)))
+        plain, oracle = (reference.bn_act_pool_backward(*a)[0] for a in (args, wide(*args)))
+
+        def check(backend):
+            check_activation("y", primitives.bn_act_pool_forward(x, bn, slope), y_plain, y_oracle)
+            dz, sums = primitives.bn_act_pool_backward(*args)
+            check_activation("dz", dz, plain, oracle)
+            check_sums(sums, dz, x, bn)
+
+        on_every_backend(check)
+
     @pytest.mark.parametrize("skip", [False, True], ids=["", "dskip"])
     def test_preact_apply(self, dtype, size, skip):
         dz, x, dskip = (activation(*size, dtype=dtype) for _ in range(3))
@@ -199,6 +215,62 @@ class TestElementwise:
             check_stats(stats, out)
 
         on_every_backend(check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+@pytest.mark.parametrize(
+    "size",
+    [(2, 16, 96, 90), (1, 64, 112, 112), (3, 35, 40, 41), (1, 600, 21, 20), (5, 520, 1, 1)],
+    ids=name_of,
+)
+def test_means_of_large_images(size, dtype):
+    """Several tiles of an image, the last one not full, and several groups of channels; a mean of many
+    thousand terms of one sign keeps its digits."""
+    x, dy = activation(*size, dtype=dtype), activation(*size[:2], 1, 1, dtype=dtype)
+    bn = bn_rows(size[1], dtype)
+    bn[3] += 2
+    args = (dy, x, bn, 0.0)
+    y_plain, y_oracle = (reference.bn_act_pool_forward(*a[1:]) for a in (args, wide(*args)))
+    plain, oracle = (reference.bn_act_pool_backward(*a)[0] for a in (args, wide(*args)))
+
+    def check(backend):
+        check_activation("y", primitives.bn_act_pool_forward(*args[1:]), y_plain, y_oracle)
+        dz, sums = primitives.bn_act_pool_backward(*args)
+        check_activation("dz", dz, plain, oracle)
+        check_sums(sums, dz, x, bn)
+
+    on_every_backend(check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_means_not_finite(slope, dtype):
+    """NaN and inf come out where plain PyTorch has them, and nowhere else; ReLU(-inf) is 0."""
+    x, bn = activation(2, 37, 4, 3, dtype=dtype), bn_rows(37, acc(dtype))
+    bn[2], bn[:, 5] = bn[2].abs(), 1.0
+    x[0, 0, 1, 1], x[0, 1, 2, 2], x[1, 2, 0, 0], x[1, 36, 3, 2] = torch.nan, torch.inf, -torch.inf, torch.nan
+    y_plain, y_oracle = (reference.bn_act_pool_forward(*a) for a in ((x, bn, slope), wide(x, bn, slope)))
+    spoilt = [[0, 0], [0, 1], *([[1, 2]] if slope else []), [1, 36]]
+    assert (~y_plain.isfinite()).nonzero()[:, :2].tolist() == spoilt
+    # LeakyReLU's derivative at NaN is not PyTorch's in the C++ kernels: without.
+    at = x.clone() if slope == 0 else x.nan_to_num(0.5)
+    dy = activation(2, 37, 1, 1, dtype=dtype)
+    dy[1, 3], dy[0, 4], dy[0, 36] = torch.nan, torch.inf, -torch.inf
+    at[:, 5], dy[0, 5] = -2.0, torch.inf  # nowhere active: 0 * inf would be NaN
+    args = (dy, at, bn, slope)
+    plain, oracle = (reference.bn_act_pool_backward(*a) for a in (args, wide(*args)))
+    assert bool(plain[0][:, 5].isfinite().all()) == (slope == 0)
+
+    def check(backend):
+        check_activation("y", primitives.bn_act_pool_forward(x, bn, slope), y_plain, y_oracle)
+        dz, sums = primitives.bn_act_pool_backward(*args)
+        check_activation("dz", dz, plain[0], oracle[0])
+        for got, want in zip(sums.unbind(), plain[1].unbind(), strict=True):
+            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isfinite(), want.isfinite())
+        below = primitives.bn_act_pool_forward(torch.full_like(x, -torch.inf), torch.ones_like(bn), 0.0)
+        assert torch.equal(below, torch.zeros_like(dy))
+
+    on_every_backend(check)
 
 
 CONVOLUTION_DTYPES = [(d, d) for d in DTYPES] + [
@@ -616,7 +688,10 @@ def test_deterministic(backend, threads, shape, dtype):
         dweight, dbias = primitives.preact_conv_wgrad(y, x, bn, weight, 0.0, *shape.geometry, True)
         out, out_stats = primitives.residual_add(x, x, None, None, 1.0, None, True)
         dx = primitives.preact_apply(dz, x, bn, None)
-        return y, stats, dz, sums, dweight, dbias, out, out_stats, dx, primitives.channel_stats(x)
+        means = primitives.bn_act_pool_forward(x, bn, 0.0)
+        of_means = primitives.bn_act_pool_backward(means, x, bn, 0.0)
+        results = (y, stats, dz, sums, dweight, dbias, out, out_stats, dx, primitives.channel_stats(x))
+        return *results, means, *of_means
 
     threads(2)
     first = everything()
@@ -637,6 +712,13 @@ class TestRegistered:
         ("bn_act_forward", 1, torch.zeros(4, 3).double(), "bn to have dtype float32, but got float64"),
         ("bn_act_backward", 0, torch.zeros(2, 3, 5, 3), "expected da of size [2, 3, 5, 4] (x)"),
         ("bn_act_backward", 3, torch.zeros(2, 3, 5, 4).half(), "dz_in to have the dtype of x, float32, but"),
+        ("bn_act_pool_forward", 0, torch.zeros(3, 4), "expected 4D x (got 2D x)"),
+        ("bn_act_pool_forward", 0, torch.zeros(2, 3, 0, 4), "spatial size for its mean, but got 0x4"),
+        ("bn_act_pool_forward", 1, torch.zeros(3, 3), "expected bn of size [4, 3], but got [3, 3]"),
+        ("bn_act_pool_backward", 0, torch.zeros(2, 3, 5, 4), "expected dy of size [2, 3, 1, 1] (y), but got"),
+        ("bn_act_pool_backward", 0, torch.zeros(2, 3, 1, 1).half(), "dy to have the dtype of y, float32"),
+        ("bn_act_pool_backward", 1, torch.zeros(2, 3, 0, 4), "non-zero spatial size for its mean"),
+        ("bn_act_pool_backward", 2, torch.zeros(4, 3).double(), "bn to have dtype float32, but got float64"),
         ("preact_apply", 3, torch.zeros(2, 3, 4, 5), "expected dskip of size"),
         ("preact_apply", 2, torch.zeros(4, 4), "expected coefficients of size [4, 3]"),
         ("preact_conv_forward", 1, torch.zeros(2, 3), "expected bn of size"),
@@ -673,10 +755,18 @@ class TestRegistered:
         with pytest.raises(RuntimeError, match=re.escape(message)):
             getattr(torch.ops.resnet_fused, name)(*args)
 
-    @pytest.mark.parametrize("name", ["bn_act_forward", "preact_conv_forward", "preact_conv_wgrad"])
-    def test_coefficients_of_any_strides(self, name):
+    @pytest.mark.parametrize(
+        ("name", "at"),
+        [
+            ("bn_act_forward", 1),
+            ("bn_act_pool_forward", 1),
+            ("bn_act_pool_backward", 2),
+            ("preact_conv_forward", 1),
+            ("preact_conv_wgrad", 2),
+        ],
+    )
+    def test_coefficients_of_any_strides(self, name, at):
         args = list(self.arguments()[name])
-        at = 2 if name == "preact_conv_wgrad" else 1
         expected = getattr(torch.ops.resnet_fused, name)(*args)
         args[at] = args[at].t().contiguous().t()
         torch.testing.assert_close(getattr(torch.ops.resnet_fused, name)(*args), expected, rtol=0, atol=0)
@@ -692,6 +782,8 @@ class TestRegistered:
             "finalize_forward": (stats, 40, None, None, torch.randn(3), None, 1e-5),
             "bn_act_forward": (x, bn, 0.0),
             "bn_act_backward": (x, x, bn, x, 0.1),
+            "bn_act_pool_forward": (x, bn, 0.1),
+            "bn_act_pool_backward": (torch.randn(2, 3, 1, 1), x, bn, 0.1),
             "max_pool_forward": (x, *windows),
             "max_pool_backward": (pooled, offsets, [5, 4], *windows),
             "preact_conv_forward": (x, bn, weight, torch.randn(6), dy, 0.0, *geometry, True),

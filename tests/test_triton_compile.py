@@ -149,6 +149,8 @@ class PassCase(NamedTuple):
             "channel_stats": (),
             "bn_act_forward": (0.1,),
             "bn_act_backward": (0.1, True),
+            "bn_act_pool_forward": (0.1,),
+            "bn_act_pool_backward": (0.1,),
             "preact_apply": (True,),
             "residual_add": (True, self.c, 0.5, 0.1, True),
         }
@@ -174,8 +176,8 @@ class PassCase(NamedTuple):
         return plan.launches()[:1]  # the mergers are compiled with the convolutions
 
 
-PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add",
-          "max_pool_forward", "max_pool_backward")  # fmt: skip
+PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "bn_act_pool_forward", "bn_act_pool_backward",
+          "preact_apply", "residual_add", "max_pool_forward", "max_pool_backward")  # fmt: skip
 FINALIZE = ("finalize_forward", "finalize_backward", "update_running_stats")
 
 

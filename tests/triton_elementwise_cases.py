@@ -24,6 +24,8 @@ from resnet_fused.primitives import reference
 from resnet_fused.triton_kernels import elementwise, launch
 from resnet_fused.triton_kernels.bn_act_backward import bn_act_backward
 from resnet_fused.triton_kernels.bn_act_forward import bn_act_forward
+from resnet_fused.triton_kernels.bn_act_pool_backward import bn_act_pool_backward
+from resnet_fused.triton_kernels.bn_act_pool_forward import bn_act_pool_forward
 from resnet_fused.triton_kernels.channel_stats import channel_stats
 from resnet_fused.triton_kernels.finalize_backward import finalize_backward
 from resnet_fused.triton_kernels.finalize_forward import finalize_forward
@@ -44,6 +46,28 @@ def run(function, *args):
     """function on the device, its results back on the CPU."""
     result = function(*to_device(*args))
     return result.cpu() if isinstance(result, torch.Tensor) else tuple(t.cpu() for t in result)
+
+
+def check_bn_act_pool(dtype, size, slope):
+    x, dy = activation(*size, dtype=dtype), activation(*size[:2], 1, 1, dtype=dtype)
+    bn = bn_rows(size[1], dtype)
+    args = (x, bn, slope)
+    plain, oracle = reference.bn_act_pool_forward(*args), reference.bn_act_pool_forward(*wide(*args))
+    check_activation("y", run(bn_act_pool_forward, *args), plain, oracle)
+    args = (dy, x, bn, slope)
+    plain, oracle = reference.bn_act_pool_backward(*args)[0], reference.bn_act_pool_backward(*wide(*args))[0]
+    dz, sums = run(bn_act_pool_backward, *args)
+    check_activation("dz", dz, plain, oracle)
+    check_sums(sums, dz, x, bn)
+    assert torch.equal(sums, run(bn_act_pool_backward, *args)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [(2, 16, 61, 47), (3, 70, 23, 29)], ids=name_of)
+def test_means_of_large_images(dtype, size):
+    """Several tiles of an image, the last one not full, by ReLU and LeakyReLU."""
+    for slope in (0.0, 0.1):
+        check_bn_act_pool(dtype, size, slope)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +99,10 @@ class TestElementwise:
         check_activation("dz", dz, plain, oracle)
         check_sums(sums, dz, x, bn)
         assert torch.equal(sums, run(bn_act_backward, *args)[1])
+
+    @pytest.mark.parametrize("slope", [0.0, 0.1])
+    def test_bn_act_pool(self, dtype, size, slope):
+        check_bn_act_pool(dtype, size, slope)
 
     @pytest.mark.parametrize("skip", [False, True], ids=["", "dskip"])
     def test_preact_apply(self, dtype, size, skip):
@@ -170,9 +198,13 @@ def test_elementwise_not_finite(slope):
     x[0, 0, 1, 1], x[0, 1, 2, 2], x[1, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
     y[1, 3, 3, 2] = torch.nan
     bn = bn_rows(5, torch.float32)
+    dy = activation(2, 5, 1, 1, dtype=torch.float32)
+    dy[1], dy[0, 4] = torch.nan, torch.inf
     cases = [
         (bn_act_forward, reference.bn_act_forward, (x, bn, slope)),
         (bn_act_backward, reference.bn_act_backward, (y, x, bn, dz_in, slope)),
+        (bn_act_pool_forward, reference.bn_act_pool_forward, (x, bn, slope)),
+        (bn_act_pool_backward, reference.bn_act_pool_backward, (dy, x, bn, slope)),
         (preact_apply, reference.preact_apply, (y, x, bn, dz_in)),
         (residual_add, reference.residual_add, (x, y, bn[:2], None, 0.5, slope, False)),
     ]
@@ -185,10 +217,22 @@ def test_elementwise_not_finite(slope):
         assert_trusted(result, expected, oracle, function.__name__)
     a = run(bn_act_forward, torch.full((1, 1, 1, 2), -torch.inf), torch.ones(4, 1), 0.0)
     assert torch.equal(a, torch.zeros(1, 1, 1, 2))
+    # A gradient that is not finite, of a mean whose pixels are all inactive. The other image has one active.
+    x, below = torch.full((2, 1, 2, 2), -2.0).contiguous(memory_format=CL), torch.ones(4, 1)
+    x[1, 0, 0, 0] = 3.0
+    dy = torch.tensor([torch.inf, 4.0]).view(2, 1, 1, 1)
+    dz, sums = run(bn_act_pool_backward, dy, x, below, 0.0)
+    assert torch.equal(dz.flatten(), torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0]))
+    assert sums.tolist() == [[1.0], [2.0]]
     # A mean that is not finite spoils its own channel's sums only.
     bn[0, 1] = torch.inf
-    _, sums = run(bn_act_backward, torch.ones(1, 5, 3, 3), torch.ones(1, 5, 3, 3), bn, None, slope)
-    assert torch.equal(sums.isfinite().all(0), torch.tensor([True, False, True, True, True]))
+    ones = torch.ones(1, 5, 3, 3)
+    for function, args in (
+        (bn_act_backward, (ones, ones, bn, None, slope)),
+        (bn_act_pool_backward, (torch.ones(1, 5, 1, 1), ones, bn, slope)),
+    ):
+        _, sums = run(function, *args)
+        assert torch.equal(sums.isfinite().all(0), torch.tensor([True, False, True, True, True]))
 
 
 class TestFinalize:
@@ -249,6 +293,9 @@ def test_elementwise_empty():
     assert bn_act_forward(x, bn, 0.0).shape == preact_apply(x, x, bn, x).shape == x.shape
     dz, sums = bn_act_backward(x, x, bn, x, 0.0)
     assert dz.shape == x.shape and torch.equal(sums.cpu(), torch.zeros(2, 4))
+    y = bn_act_pool_forward(x, bn, 0.0)
+    dz, sums = bn_act_pool_backward(y, x, bn, 0.0)
+    assert y.shape == (0, 4, 1, 1) and dz.shape == x.shape and torch.equal(sums.cpu(), torch.zeros(2, 4))
     out, stats = residual_add(x, x, None, None, 1.0, None, True)
     assert out.shape == x.shape and torch.equal(stats.cpu(), torch.zeros(2, 4))
     assert residual_add(x, x, None, None, 1.0, None, False)[1].shape == (0,)

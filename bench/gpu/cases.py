@@ -14,6 +14,8 @@ two primitives one after the other); and eager, what plain PyTorch calls for it:
     bn_act_backward           threshold_backward
     preact_apply              batch_norm's backward + the addition of the skip's gradient
     residual_add              the addition + batch_norm's statistics of the sum
+    bn_act_pool_forward       batch_norm with given statistics + relu + adaptive_avg_pool2d, at a net's end
+    bn_act_pool_backward      the mean's gradient spread over the pixels + threshold_backward
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from .nets import Layer, Net, layers_of
 
 CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad", "preact_conv_backward_1x1")
 PASSES = ("channel_stats", "bn_act_forward", "bn_act_backward", "preact_apply", "residual_add")
+POOLS = ("bn_act_pool_forward", "bn_act_pool_backward")  # passes, too, at the end of a net alone
 _EPS = 1e-5
 
 
@@ -64,7 +67,8 @@ class Case:
         x = _count(self.shape)
         if self.layer is None:
             return 2 * x * {"channel_stats": 1, "bn_act_forward": 2, "bn_act_backward": 3,
-                            "preact_apply": 4, "residual_add": 3}[self.primitive]  # fmt: skip
+                            "preact_apply": 4, "residual_add": 3,
+                            "bn_act_pool_forward": 1, "bn_act_pool_backward": 2}[self.primitive]  # fmt: skip
         y, weight = _count(self.layer.output), _count(self.layer.weight)
         activations = {
             "preact_conv_forward": x + y + (y if self.layer.residual else 0),
@@ -85,9 +89,13 @@ def _count(shape) -> int:
 def cases(nets: list[Net]) -> list[Case]:
     """The cases of these nets, each once, convolutions in the order of the nets and then the passes."""
     layers: dict[Layer, dict[str, int]] = {}
+    ends: dict[tuple, dict[str, int]] = {}
     for net in nets:
         for layer, count in layers_of(net).items():
             layers.setdefault(layer, {})[net.name] = count
+            if layer.residual:
+                end = layer.output
+        ends.setdefault(end, {})[net.name] = 1
     found, shapes = [], {}
     for layer, counts in layers.items():
         names = ["preact_conv_forward"]
@@ -98,7 +106,8 @@ def cases(nets: list[Net]) -> list[Case]:
             for net, count in counts.items():
                 into[net] = into.get(net, 0) + count
         found += [Case(name, layer, layer.input, counts) for name in names]
-    return found + [Case(name, None, shape, counts) for shape, counts in shapes.items() for name in PASSES]
+    found += [Case(name, None, shape, counts) for shape, counts in shapes.items() for name in PASSES]
+    return found + [Case(name, None, shape, counts) for shape, counts in ends.items() for name in POOLS]
 
 
 def cudnn_cases(nets: list[Net]) -> list[Case]:
@@ -179,6 +188,18 @@ class Prepared:
             return (x,), lambda: statistics(x)
         if name == "bn_act_forward":
             return (x, bn, 0.0), lambda: F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.1, _EPS))
+        if name == "bn_act_pool_forward":
+            return (x, bn, 0.0), lambda: F.adaptive_avg_pool2d(
+                F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.1, _EPS)), 1
+            )
+        if name == "bn_act_pool_backward":
+            a = reference.bn_act_forward(x, bn, 0.0)
+            dy = self._activation((*x.shape[:2], 1, 1), device)
+
+            def spread():
+                return torch.ops.aten.threshold_backward(dy.expand(a.shape) / a[0, 0].numel(), a, 0)
+
+            return (dy, x, bn, 0.0), spread
         y = self._activation(self.case.shape, device)
         if name == "bn_act_backward":
             a = reference.bn_act_forward(x, bn, 0.0)
@@ -240,8 +261,8 @@ class Prepared:
             _check_stats(results[0], self.args[0])
         elif name in ("preact_conv_forward", "residual_add"):
             _check_stats(results[1], results[0])
-        elif name in ("preact_conv_dgrad", "bn_act_backward", "preact_conv_backward_1x1"):
-            x, bn = (self.args[i] for i in ((1, 2) if name == "bn_act_backward" else (2, 3)))
+        elif name.endswith(("_dgrad", "_backward", "_backward_1x1")):
+            x, bn = (self.args[i] for i in ((1, 2) if name.startswith("bn_act") else (2, 3)))
             _check_sums(results[1], results[0], x, bn)
 
 

@@ -227,13 +227,13 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     )
 
 
-def pooled_norm_with_stats(
-    bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float
-) -> Tensor:
+def pooled_norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
     """The mean of ``act(bn(x))`` over each image's pixels, [N, C], the end of a net, given the statistics of
     ``x`` or None."""
     if not (isinstance(bn, nn.BatchNorm2d) and is_fusable(bn)):
-        return nnF.adaptive_avg_pool2d(reference.activation(bn(x), negative_slope), 1).flatten(1)
+        x = reference.activation(bn(x), negative_slope)
+        # Its gradient keeps channels_last; mean()'s does not.
+        return nnF.avg_pool2d(x, x.shape[2:]).flatten(1)
     return normalize(bn, x, x_stats, negative_slope, global_avg_pool=True).flatten(1)
 
 

@@ -311,7 +311,7 @@ def select_several(primitive: str, name: str, x: Tensor) -> Callable | None:
     work of several; None if another backend runs it, if it has none, or if every primitive is recorded."""
     if _logs:
         return None
-    key = (name, x.dtype, x.device)
+    key = (name, primitive, x.dtype, x.device)
     entry = _selected.get(key)
     if entry is None:
         choice = choose(primitive, x.device.type, x.dtype)

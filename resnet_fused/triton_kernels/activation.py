@@ -40,10 +40,20 @@ def activate(x, scale, shift, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
-    """da * act'(z), act'(z) = 1 where z > 0, else slope; where z is NaN as PyTorch has it for either."""
+def is_active(z, ACTIVATION: tl.constexpr):
+    """Where act'(z) is 1 instead of the slope; where z is NaN as PyTorch has it for either activation."""
     if ACTIVATION == 1:
-        d = tl.where(z <= 0, 0.0, da)
+        active = (z <= 0) == 0
     else:
-        d = tl.where(z > 0, da, da * slope)
+        active = z > 0
+    return active
+
+
+@triton.jit
+def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
+    """da * act'(z)."""
+    if ACTIVATION == 1:
+        d = tl.where(is_active(z, ACTIVATION), da, 0.0)
+    else:
+        d = tl.where(is_active(z, ACTIVATION), da, da * slope)
     return d

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import LEAKY, RELU, activation_gradient, pre_activation
+from .activation import LEAKY, RELU, is_active, pre_activation
 from .bn_act_pool_forward import tile
 from .geometry import ceil_div, channel_unit
 from .launch import PLANS, Launch, Target, on_device_of, target
@@ -29,28 +29,37 @@ def bn_act_pool_backward_kernel(
     mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
     scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
     shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
+    # The mean's gradient is the same at every pixel, so dz has two values, and their sum is a matter of
+    # counting: adding up one number many times would round the same way each time. Of what is stored, since
+    # preact_apply reads what is stored.
     dy = tl.load(dy_ptr + image * channels + c, mask=in_c, other=0.0).to(tl.float32) / pixels
+    high = dy.to(dz_ptr.dtype.element_ty).to(tl.float32)
+    if ACTIVATION == 1:
+        low = tl.zeros_like(high)
+    else:
+        low = (dy * slope).to(dz_ptr.dtype.element_ty).to(tl.float32)
+    row = tl.arange(0, BLOCK_M)
+    at = row[:, None] * channels + c[None, :]
     x_ptr += image * pixels * channels
     dz_ptr += image * pixels * channels
-    sum_dz = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for first in range(0, pixels, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        in_m = (m < pixels)[:, None]
+        in_m = (row < pixels - first)[:, None]
         mask = in_m & in_c[None, :]
-        at = m[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z = pre_activation(x, scale[None, :], shift[None, :])
-        d = activation_gradient(z, tl.broadcast_to(dy[None, :], z.shape), slope, ACTIVATION)
-        dz = d.to(dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + at, dz, mask=mask)
-        # Of what is stored, since preact_apply reads what is stored.
-        stored = tl.where(in_m, dz.to(tl.float32), 0.0)
-        sum_dz += stored
-        sum_dz_xhat += tl.where(in_m, stored * (x - mean[None, :]), 0.0)
+        active = is_active(pre_activation(x, scale[None, :], shift[None, :]), ACTIVATION)
+        dz = tl.where(active, high[None, :], low[None, :])
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        count += tl.where(in_m & active, 1.0, 0.0)
+        sum_dz_xhat += tl.where(in_m, dz * (x - mean[None, :]), 0.0)
+        x_ptr += BLOCK_M * channels  # the pointers move: an image's offsets may need 64 bits
+        dz_ptr += BLOCK_M * channels
+    n = tl.sum(count, 0)
+    sum_dz = tl.where(n > 0, high * n, 0.0) + tl.where(n < pixels, low * (pixels - n), 0.0)
     invstd = tl.load(bn_ptr + channels + c, mask=in_c, other=0.0)
     partial = partial_ptr + image * (2 * channels) + c
-    tl.store(partial, tl.sum(sum_dz, 0), mask=in_c)
+    tl.store(partial, sum_dz, mask=in_c)
     tl.store(partial + channels, tl.sum(sum_dz_xhat, 0) * invstd, mask=in_c)
 
 

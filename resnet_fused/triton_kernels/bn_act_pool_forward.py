@@ -34,14 +34,16 @@ def bn_act_pool_forward_kernel(
     in_c = c < channels
     scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
     shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
+    row = tl.arange(0, BLOCK_M)
+    at = row[:, None] * channels + c[None, :]
     x_ptr += image * pixels * channels
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for first in range(0, pixels, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        in_m = (m < pixels)[:, None]
-        x = tl.load(x_ptr + m[:, None] * channels + c[None, :], mask=in_m & in_c[None, :], other=0.0)
+        in_m = (row < pixels - first)[:, None]
+        x = tl.load(x_ptr + at, mask=in_m & in_c[None, :], other=0.0)
         a = rectify(pre_activation(x, scale[None, :], shift[None, :]), slope, ACTIVATION)
         total += tl.where(in_m, a, 0.0)
+        x_ptr += BLOCK_M * channels  # the pointer moves: an image's offsets may need 64 bits
     y = tl.sum(total, 0) / pixels
     tl.store(y_ptr + image * channels + c, y.to(y_ptr.dtype.element_ty), mask=in_c)
 

@@ -59,6 +59,112 @@ template <typename T> struct BnAct {
     }
   }
 
+  template <int U, int N, typename B> static void add_to_slots(A* slots, V (&sum)[U][N], B block) {
+    V total[N];
+    block.load_slots(slots, total);
+    for (int v = 0; v < N; ++v) {
+      for (int u = 1; u < U; ++u) sum[0][v] += sum[u][v];
+      total[v] += sum[0][v];
+    }
+    block.store_slots(slots, total);
+  }
+
+  // Adds the tile's sums to slots of sum and dot.
+  template <bool kRelu, bool kDzIn, typename B>
+  void backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots,
+                     A* dot_slots, B block) const {
+    constexpr int N = B::kCount;
+    constexpr int U = kUnroll<N>;
+    const int64_t stride = units.columns;
+    const T* x = static_cast<const T*>(params.x) + offset;
+    const T* da = static_cast<const T*>(params.da) + offset;
+    const T* dz_in = kDzIn ? static_cast<const T*>(params.dz_in) + offset : nullptr;
+    T* out = static_cast<T*>(params.out) + offset;
+    const V slope = splat<A>(static_cast<A>(params.slope));
+    V mean[N], scale[N], shift[N];
+    block.load_slots(bn_rows.mean + slot, mean);
+    block.load_slots(bn_rows.scale + slot, scale);
+    block.load_slots(bn_rows.shift + slot, shift);
+    V sum[U][N] = {}, dot[U][N] = {};
+    const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
+    // The unrolling is asked for by name: GCC would leave the accumulators in memory.
+#pragma GCC unroll 4
+      for (int u = 0; u < count.value; ++u) {
+        const int64_t i = (first + u) * stride;
+        V value[N], dz[N], add[N];
+        block.load(x + i, value);
+        block.load(da + i, dz);
+        if constexpr (kDzIn) block.load(dz_in + i, add);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) {
+          dz[v] = activate_grad<A>(preact(value[v], scale[v], shift[v]), dz[v], slope, kRelu);
+          if constexpr (kDzIn) dz[v] += add[v];
+        }
+        block.store(out + i, dz);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) {
+          sum[u][v] += dz[v];
+          dot[u][v] += dz[v] * (value[v] - mean[v]);
+        }
+      }
+    };
+    int64_t p = 0;
+    for (; p + U <= rows; p += U) take(p, Int<U>{});
+    for (; p < rows; ++p) take(p, Int<1>{});
+    add_to_slots(sum_slots + slot, sum, block);
+    add_to_slots(dot_slots + slot, dot, block);
+  }
+
+  template <bool kRelu, bool kDzIn> static void backward(int64_t index, void* context) {
+    const BnAct& job = *static_cast<const BnAct*>(context);
+    const Units& units = job.units;
+    const Unit unit(units, index);
+    Rows rows;
+    job.gather(unit, rows);
+    A sums[kGroupSlots], dots[kGroupSlots];
+    memset(sums, 0, slot_count<T>(unit.columns) * sizeof(A));
+    memset(dots, 0, slot_count<T>(unit.columns) * sizeof(A));
+    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
+      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
+      const int64_t offset = units.first + p * units.columns + unit.first_column;
+      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+        job.template backward_tile<kRelu, kDzIn>(offset + column, count, slot, rows, sums, dots, block);
+      });
+    }
+    A* out = job.partial + unit.range * 2 * units.columns + unit.first_column;
+    scatter_slots<T>(sums, unit.columns, out);
+    scatter_slots<T>(dots, unit.columns, out + units.columns);
+  }
+
+  // Sums over the rows of an image by slot: in acc for kTileRows rows, of these in double. An image may have any number
+  // of rows, and what is added up is of one sign.
+  struct ImageSums {
+    A tile[kGroupSlots];
+    double total[kGroupSlots];
+    int64_t slots;
+
+    explicit ImageSums(int64_t count) : slots(count) {
+      memset(tile, 0, slots * sizeof(A));
+      memset(total, 0, slots * sizeof(double));
+    }
+    void close_tile() {
+      for (int64_t s = 0; s < slots; ++s) {
+        total[s] += tile[s];
+        tile[s] = 0;
+      }
+    }
+  };
+
+  // Calls tile(offset, rows) for all rows of a unit, and close() after each kTileRows of them.
+  template <typename F, typename G> void for_image_tiles(const Unit& unit, const F& tile, const G& close) const {
+    for (int64_t begin = unit.begin; begin < unit.end; begin += kTileRows) {
+      const int64_t end = unit.end - begin < kTileRows ? unit.end : begin + kTileRows;
+      for (int64_t p = begin; p < end; p += units.step)
+        tile(p * units.columns + unit.first_column, end - p < units.step ? end - p : units.step);
+      close();
+    }
+  }
+
   // Adds the tile's activations to slots.
   template <bool kRelu, typename B>
   void pool_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots, B block) const {
@@ -93,113 +199,120 @@ template <typename T> struct BnAct {
     const Unit unit(units, index);
     Rows rows;
     job.gather(unit, rows);
-    A sums[kGroupSlots];
-    memset(sums, 0, slot_count<T>(unit.columns) * sizeof(A));
-    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
-      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
-      const int64_t offset = p * units.columns + unit.first_column;
-      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
-        job.template pool_tile<kRelu>(offset + column, count, slot, rows, sums, block);
-      });
-    }
+    ImageSums sums(slot_count<T>(unit.columns));
+    job.for_image_tiles(
+        unit,
+        [&](int64_t offset, int64_t count) {
+          for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+            job.template pool_tile<kRelu>(offset + column, count, slot, rows, sums.tile, block);
+          });
+        },
+        [&] { sums.close_tile(); });
+    A means[kGroupSlots];
+    for (int64_t s = 0; s < sums.slots; ++s) means[s] = static_cast<A>(sums.total[s] / units.range_rows);
     T* const out = static_cast<T*>(job.params.out) + unit.range * units.columns + unit.first_column;
-    const V pixels = splat<A>(static_cast<A>(units.range_rows));
     for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
       V mean[decltype(block)::kCount];
-      block.load_slots(sums + slot, mean);
-      for (V& value : mean) value /= pixels;
+      block.load_slots(means + slot, mean);
       block.store(out + column, mean);
     });
   }
 
-  template <int U, int N, typename B> static void add_to_slots(A* slots, V (&sum)[U][N], B block) {
-    V total[N];
-    block.load_slots(slots, total);
-    for (int v = 0; v < N; ++v) {
-      for (int u = 1; u < U; ++u) sum[0][v] += sum[u][v];
-      total[v] += sum[0][v];
-    }
-    block.store_slots(slots, total);
+  // What dz is in an image, by slot: the mean's gradient is the same at all pixels, so dz has two values, and the sum of
+  // dz is a matter of counting. Adding up one number many times would round the same way each time.
+  struct ImageGradient {
+    A active[kGroupSlots], inactive[kGroupSlots];
+  };
+
+  template <bool kRelu> void gather_gradient(const Unit& unit, ImageGradient& gradient) const {
+    const T* const da = static_cast<const T*>(params.da) + unit.range * units.columns + unit.first_column;
+    const V pixels = splat<A>(static_cast<A>(units.range_rows)), slope = splat<A>(static_cast<A>(params.slope));
+    for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+      V active[decltype(block)::kCount], inactive[decltype(block)::kCount];
+      block.load(da + column, active);
+      for (int v = 0; v < block.kCount; ++v) {
+        const V value = active[v] / pixels;
+        active[v] = rounded<T>(value);
+        inactive[v] = kRelu ? V{} : rounded<T>(value * slope);
+      }
+      block.store_slots(gradient.active + slot, active);
+      block.store_slots(gradient.inactive + slot, inactive);
+    });
   }
 
-  // Where the gradient of a tile's activations comes from.
-  enum Gradient { kOwn, kOwnAndDzIn, kOfMean };
-
-  // Adds the tile's sums to slots of sum and dot. da_offset: of the tile, or of its image's mean.
-  template <bool kRelu, Gradient kFrom, typename B>
-  void backward_tile(int64_t offset, int64_t da_offset, int64_t rows, int64_t slot, const Rows& bn_rows, A* sum_slots,
-                     A* dot_slots, B block) const {
+  // Adds the tile's active pixels to slots of count, and dz*(x - mean) to slots of dot.
+  template <bool kRelu, typename B>
+  void pool_backward_tile(int64_t offset, int64_t rows, int64_t slot, const Rows& bn_rows,
+                          const ImageGradient& gradient, A* count_slots, A* dot_slots, B block) const {
     constexpr int N = B::kCount;
     constexpr int U = kUnroll<N>;
     const int64_t stride = units.columns;
     const T* x = static_cast<const T*>(params.x) + offset;
-    const T* da = static_cast<const T*>(params.da) + da_offset;
-    const T* dz_in = kFrom == kOwnAndDzIn ? static_cast<const T*>(params.dz_in) + offset : nullptr;
     T* out = static_cast<T*>(params.out) + offset;
-    const V slope = splat<A>(static_cast<A>(params.slope));
-    V mean[N], scale[N], shift[N];
+    const V zero = {}, one = splat<A>(A(1));
+    V mean[N], scale[N], shift[N], active[N], inactive[N];
     block.load_slots(bn_rows.mean + slot, mean);
     block.load_slots(bn_rows.scale + slot, scale);
     block.load_slots(bn_rows.shift + slot, shift);
-    V of_mean[N];
-    if constexpr (kFrom == kOfMean) {
-      block.load(da, of_mean);
-      for (V& value : of_mean) value /= splat<A>(static_cast<A>(units.range_rows));
-    }
-    V sum[U][N] = {}, dot[U][N] = {};
+    block.load_slots(gradient.active + slot, active);
+    if constexpr (!kRelu) block.load_slots(gradient.inactive + slot, inactive);
+    V number[U][N] = {}, dot[U][N] = {};
     const auto take = [&](int64_t first, auto count) __attribute__((always_inline)) {
-    // The unrolling is asked for by name: GCC would leave the accumulators in memory.
 #pragma GCC unroll 4
       for (int u = 0; u < count.value; ++u) {
         const int64_t i = (first + u) * stride;
-        V value[N], dz[N], add[N];
+        V value[N], dz[N];
         block.load(x + i, value);
-        if constexpr (kFrom == kOfMean) {
-          for (int v = 0; v < N; ++v) dz[v] = of_mean[v];
-        } else {
-          block.load(da + i, dz);
-        }
-        if constexpr (kFrom == kOwnAndDzIn) block.load(dz_in + i, add);
 #pragma GCC unroll 4
         for (int v = 0; v < N; ++v) {
-          dz[v] = activate_grad<A>(preact(value[v], scale[v], shift[v]), dz[v], slope, kRelu);
-          if constexpr (kFrom == kOwnAndDzIn) dz[v] += add[v];
-        }
-        block.store(out + i, dz);
-#pragma GCC unroll 4
-        for (int v = 0; v < N; ++v) {
-          sum[u][v] += dz[v];
+          // As activate_grad has it.
+          const auto is_inactive = preact(value[v], scale[v], shift[v]) <= zero;
+          dz[v] = select<V>(is_inactive, kRelu ? zero : inactive[v], active[v]);
+          number[u][v] += select<V>(is_inactive, zero, one);
           dot[u][v] += dz[v] * (value[v] - mean[v]);
         }
+        block.store(out + i, dz);
       }
     };
     int64_t p = 0;
     for (; p + U <= rows; p += U) take(p, Int<U>{});
     for (; p < rows; ++p) take(p, Int<1>{});
-    add_to_slots(sum_slots + slot, sum, block);
+    add_to_slots(count_slots + slot, number, block);
     add_to_slots(dot_slots + slot, dot, block);
   }
 
-  template <bool kRelu, Gradient kFrom> static void backward(int64_t index, void* context) {
+  // n times value, of which there may be none.
+  static double times(double n, A value) { return n == 0 ? 0 : n * value; }
+
+  template <bool kRelu> static void pool_backward(int64_t index, void* context) {
     const BnAct& job = *static_cast<const BnAct*>(context);
     const Units& units = job.units;
     const Unit unit(units, index);
     Rows rows;
     job.gather(unit, rows);
-    A sums[kGroupSlots], dots[kGroupSlots];
-    memset(sums, 0, slot_count<T>(unit.columns) * sizeof(A));
-    memset(dots, 0, slot_count<T>(unit.columns) * sizeof(A));
-    for (int64_t p = unit.begin; p < unit.end; p += units.step) {
-      const int64_t count = unit.end - p < units.step ? unit.end - p : units.step;
-      const int64_t offset = units.first + p * units.columns + unit.first_column;
-      for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
-        const int64_t da = kFrom == kOfMean ? unit.range * units.columns + unit.first_column : offset;
-        job.template backward_tile<kRelu, kFrom>(offset + column, da + column, count, slot, rows, sums, dots, block);
-      });
+    ImageGradient gradient;
+    job.template gather_gradient<kRelu>(unit, gradient);
+    ImageSums counts(slot_count<T>(unit.columns)), dots(counts.slots);
+    job.for_image_tiles(
+        unit,
+        [&](int64_t offset, int64_t count) {
+          for_each_block<T>(unit.columns, [&](auto block, int64_t column, int64_t slot) {
+            job.template pool_backward_tile<kRelu>(offset + column, count, slot, rows, gradient, counts.tile, dots.tile,
+                                                   block);
+          });
+        },
+        [&] {
+          counts.close_tile();
+          dots.close_tile();
+        });
+    for (int64_t s = 0; s < counts.slots; ++s) {
+      counts.tile[s] = static_cast<A>(times(counts.total[s], gradient.active[s]) +
+                                      times(units.range_rows - counts.total[s], gradient.inactive[s]));
+      dots.tile[s] = static_cast<A>(dots.total[s]);
     }
     A* out = job.partial + unit.range * 2 * units.columns + unit.first_column;
-    scatter_slots<T>(sums, unit.columns, out);
-    scatter_slots<T>(dots, unit.columns, out + units.columns);
+    scatter_slots<T>(counts.tile, unit.columns, out);
+    scatter_slots<T>(dots.tile, unit.columns, out + units.columns);
   }
 };
 
@@ -228,9 +341,9 @@ template <typename T> void bn_act_forward(const BnActParams& params) {
 
 template <typename T, bool kRelu> static auto backward_task(const BnActParams& params) {
   typedef BnAct<T> Job;
-  return params.pool_pixels != 0    ? &Job::template backward<kRelu, Job::kOfMean>
-         : params.dz_in != nullptr ? &Job::template backward<kRelu, Job::kOwnAndDzIn>
-                                   : &Job::template backward<kRelu, Job::kOwn>;
+  return params.pool_pixels != 0   ? &Job::template pool_backward<kRelu>
+         : params.dz_in != nullptr ? &Job::template backward<kRelu, true>
+                                   : &Job::template backward<kRelu, false>;
 }
 
 template <typename T> void bn_act_backward(const BnActParams& params) {
