@@ -311,6 +311,11 @@ template <typename F> static int64_t winograd_images(int64_t n, int64_t out_rows
   return max64(1, min64(min64(divide_up(kStripTiles, tiles), n), kBandBytes / max64(1, band_bytes)));
 }
 
+// Tiles whose products with one vector of outputs, or two, are summed up at once.
+constexpr int64_t products_at_once(int vectors) {
+  return vectors == 1 && RF_VECTOR_REGISTERS == 32 ? kStripTiles : kTilePixels;
+}
+
 // The epilogue of the products themselves: `done` is the offset of their position.
 struct StoreProducts {
   int64_t channels = int64_t(1) << 62;  // every vector is whole: padded weights give zeros
@@ -324,6 +329,15 @@ struct StoreProducts {
   }
   void lanes(float*, int, int64_t, int64_t, int64_t) const {}
 };
+
+static ConvTile<ModeF32, StoreProducts> products_of(int tiles, int vectors) {
+#if RF_VECTOR_REGISTERS == 32
+  static_assert(kStripTiles == 16 && kTilePixels == 14, "two more");
+  if (tiles == 16) return conv_tile<ModeF32, 16, 1, StoreProducts>;
+  if (tiles == 15) return conv_tile<ModeF32, 15, 1, StoreProducts>;
+#endif
+  return conv_tile_of<ModeF32, StoreProducts>(tiles, vectors);
+}
 
 // Pixels that an epilogue takes at once: with registers for 14 and two operands, 16 are still held.
 constexpr int kRunPixels = RF_VECTOR_REGISTERS == 32 ? 16 : 6;
@@ -408,17 +422,16 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
     }
     const int64_t strip_cols = min64(F::kTile * cols, out_cols - F::kTile * col0);
     const int64_t runs = divide_up(strip_cols, int64_t(kRunPixels));
-    const int64_t groups = divide_up(tiles, int64_t(kTilePixels));
     int64_t pixels_after = pixels_before;
     for (int64_t block = 0; block < pack.out_blocks; ++block) {
       const int vectors = pack_vectors<ModeF32>(pack, block);
       const float* w = packed + winograd_block_offset<F>(pack, block);
-      const int64_t position_step = winograd_position_step(pack, vectors);
+      const int64_t position_step = winograd_position_step(pack, vectors), groups = divide_up(tiles, products_at_once(vectors));
       for (int64_t position = 0; position < F::kPositions; ++position, w += position_step) {
         next.advance();
         for (int64_t i = 0; i < groups; ++i) {
           const int64_t begin = split_begin(tiles, groups, i);
-          conv_tile_of<ModeF32, StoreProducts>(int(split_begin(tiles, groups, i + 1) - begin), vectors)(
+          products_of(int(split_begin(tiles, groups, i + 1) - begin), vectors)(
               input, inputs + position * input_step + begin * L, w, products, 0, begin, position * product_step);
         }
       }
