@@ -405,6 +405,21 @@ class TestConvolutions:
 
         on_every_backend(check)
 
+    def test_dgrad_with_the_sums_of_dz_in(self, shape):
+        """They save work; what comes out is the same, the sums but for their rounding."""
+        dz_in = torch.randn_like(self.x)
+        args = (self.dy, self.weight, self.x, self.bn, dz_in, 0.1, *shape.geometry)
+        known = reference.bn_act_backward(dz_in, self.x, self.bn, None, 1.0)[1]
+
+        def check(backend):
+            kept = dz_in.clone()
+            dz, sums = primitives.preact_conv_dgrad(*args, known)
+            assert torch.equal(dz_in, kept)
+            assert torch.equal(dz, primitives.preact_conv_dgrad(*args)[0])
+            check_sums(sums, dz, self.x, self.bn)
+
+        on_every_backend(check)
+
     @pytest.mark.parametrize("variant", ["bn+bias", "plain"])
     def test_wgrad(self, shape, variant):
         bn = None if variant == "plain" else self.bn
@@ -452,6 +467,26 @@ def test_weight_of_any_strides(shape, dtype):
             other_dweight, _ = primitives.preact_conv_wgrad(y, x, bn, other, 0.0, *shape.geometry, False)
             assert torch.equal(other_dweight, dweight)
             assert other_dweight.stride() == torch.empty_like(other).stride()
+
+    on_every_backend(check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+def test_dgrad_beside_infinite_sums(dtype):
+    """dz_in_sums of inf: sums as those of dz, not inf - inf."""
+    x, dz_in = activation(2, 17, 6, 5, dtype=dtype), activation(2, 17, 6, 5, dtype=dtype)
+    bn, dy = bn_rows(17, dtype), activation(2, 4, 3, 3, dtype=dtype)
+    dz_in[0, 3, 2, 2] = dz_in[1, 5, 1, 1] = torch.inf  # read by the convolution, and not
+    x[0, 3, 2, 2] = x[1, 5, 1, 1] = bn[0].max() + 1  # away from the mean: 0 * inf is no number
+    known = reference.bn_act_backward(dz_in, x, bn, None, 1.0)[1]
+    args = (dy, torch.randn(4, 17, 1, 1, dtype=dtype), x, bn, dz_in, 0.0, (2, 2), (0, 0), (1, 1), 1)
+
+    def check(backend):
+        dz, sums = primitives.preact_conv_dgrad(*args, known)
+        expected = reference.bn_act_backward(dz, x, bn, None, 1.0)[1]
+        assert torch.equal(sums.isnan(), expected.isnan()) and sums[0, 3].isinf() and sums[0, 5].isinf()
+        assert torch.equal(sums.isfinite(), expected.isfinite())
+        torch.testing.assert_close(sums[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
 
     on_every_backend(check)
 

@@ -117,6 +117,8 @@ struct PreactConvDgradParams {
   const void* bn;     // acc [4, C]
   double slope;
   const void* dz_in;  // may be null
+  // acc [2, C], the sums of dz_in, which dz then holds; may be null. Strided 1x1 convolutions change the pixels that they read.
+  const void* dz_in_sums;
   void* dz;
   void* sums;         // acc [2, C]
   Parallel parallel;

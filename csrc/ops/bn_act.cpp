@@ -68,11 +68,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& da, const Tensor& x, const Ten
   return {dz, sums};
 }
 
-std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, const Tensor& bn,
-                                           const std::optional<Tensor>& dz_in, double slope) {
-  return backward(da, x, bn, dz_in, slope, false, false);
-}
-
 std::tuple<Tensor, Tensor> bn_act_pool_backward(const Tensor& dy, const Tensor& x, const Tensor& bn, double slope) {
   return backward(dy, x, bn, std::nullopt, slope, true, false);
 }
@@ -86,6 +81,11 @@ std::tuple<Tensor, Tensor> preact_backward(const Tensor& dout, const Tensor& x, 
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, const Tensor& bn,
+                                           const std::optional<Tensor>& dz_in, double slope) {
+  return backward(da, x, bn, dz_in, slope, false, false);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("bn_act_forward(Tensor x, Tensor bn, float slope) -> Tensor");

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   const Tensor sums = empty_matrix(2, g.c, acc), dbias = empty_vector(want_bias ? g.k : 0, acc);
   const Parallel parallel = torch_parallel();
   const PreactConvDgradParams dgrad{g, gradient.data, weight.const_data_ptr(), weight_layout(weight, input.dtype),
-                                    input.data, bn_rows.const_data_ptr(), slope, optional_data(dz_in),
+                                    input.data, bn_rows.const_data_ptr(), slope, optional_data(dz_in), nullptr,
                                     dz.mutable_data_ptr(), sums.mutable_data_ptr(), parallel};
   const PreactConvWgradParams wgrad{g, gradient.data, input.data, bn_rows.const_data_ptr(), slope,
                                     dweight.mutable_data_ptr(), weight_layout(dweight, input.dtype),

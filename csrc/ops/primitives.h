@@ -36,13 +36,17 @@ std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optio
                                                const std::vector<int64_t>& dilation, int64_t groups,
                                                bool want_stats);
 
-// (dz, sums). into_dz_in: dz may take the memory of dz_in.
+// (dz, sums). dz_in_sums: acc [2, C], the sums of dz_in, if they are known. into_dz_in: dz may take the memory of dz_in.
 std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& weight, const Tensor& x,
                                              const Tensor& bn, const std::optional<Tensor>& dz_in,
                                              double slope, const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups,
-                                             bool into_dz_in);
+                                             const std::optional<Tensor>& dz_in_sums, bool into_dz_in);
+
+// dz = da * act'(z) (+ dz_in), and its sums.
+std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, const Tensor& bn,
+                                           const std::optional<Tensor>& dz_in, double slope);
 
 // (dweight, dbias)
 std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,

@@ -157,8 +157,8 @@ struct UnitGradients {
 };
 
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
-//   gradients(i, dy, h, bn, dz_in, needs, centre) with the coefficients of BatchNorm's backward if `centre`; dz may take the
-//     memory of dz_in;
+//   gradients(i, dy, h, bn, dz_in, its sums, needs, centre) with the coefficients of BatchNorm's backward if `centre`; dz may
+//     take the memory of dz_in;
 //   preact_apply(dz, h, coefficients, dskip); finish_backward().
 // dout: none if nothing is needed.
 template <typename Backend>
@@ -176,12 +176,12 @@ UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const st
     const bool onwards = below && (i > 0 || mask.x()), joined = i == 0 && unit.projects;
     UnitGradients g;
     if (dy) {
-      g = backend.gradients(i, *dy, h, bns[i], std::nullopt, needs(i, below), onwards && !joined);
+      g = backend.gradients(i, *dy, h, bns[i], std::nullopt, std::nullopt, needs(i, below), onwards && !joined);
       dy.reset();  // freed before the next one is allocated
       dweights[i] = std::move(g.dweight), dbiases[i] = std::move(g.dbias);
     }
     if (joined && dout) {  // the shortcut's 1x1 adds to the other gradient of z, where that lies
-      g = backend.gradients(unit.shortcut(), *dout, x, bns[0], g.dz, needs(unit.shortcut(), below), onwards);
+      g = backend.gradients(unit.shortcut(), *dout, x, bns[0], g.dz, g.sums, needs(unit.shortcut(), below), onwards);
       dshortcut_weight = std::move(g.dweight), dshortcut_bias = std::move(g.dbias);
     }
     if (!below || !g.dz) continue;  // nothing further down needs a gradient

@@ -13,6 +13,7 @@ def convolution_gradients(
     bn: Tensor,
     weight: Tensor,
     dz_in: Tensor | None,
+    dz_in_sums: Tensor | None,
     slope: float,
     geometry: tuple,
     need_dz: bool,
@@ -23,6 +24,7 @@ def convolution_gradients(
 
     Args:
         dz_in: another gradient of the pre-activation, to which this one is added.
+        dz_in_sums: its sums, or None if they are not known.
         geometry: stride, padding, dilation, groups.
 
     Returns:
@@ -37,5 +39,5 @@ def convolution_gradients(
         dweight = weight.new_empty(0)
         dbias = bias_gradient(dy, weight) if need_bias else weight.new_empty(0)
     if need_dz:
-        dz, sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, *geometry)
+        dz, sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, *geometry, dz_in_sums)
     return dz, sums, dweight, dbias

@@ -166,7 +166,7 @@ def _backward(*args):
     x, dy, weight, slope = channels_last(a.x), channels_last(a.dy), a.weight, a.negative_slope
     geometry = (a.stride, a.padding, a.dilation, a.groups)
     dz, bn_sums, dweight, dbias = convolution_gradients(
-        dy, x, a.bn, weight, None, slope, geometry, need_x or need_bn, need_weight, need_bias
+        dy, x, a.bn, weight, None, None, slope, geometry, need_x or need_bn, need_weight, need_bias
     )
     dx = x.new_empty(0)
     if need_x:

@@ -115,13 +115,13 @@ def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):
         dz, dweights[i], dbiases[i] = None, weight.new_empty(0), weight.new_empty(0)
         if dy is not None:
             dz, bn_sums, dweights[i], dbiases[i] = convolution_gradients(
-                dy, h, bn, weight, None, slope, at, below, mask.weights[i], mask.biases[i]
+                dy, h, bn, weight, None, None, slope, at, below, mask.weights[i], mask.biases[i]
             )
             dy = None  # free it before the next one is allocated
         if i == 0 and projects:  # adds to the other gradient of z
             need = (below, mask.shortcut_weight, mask.shortcut_bias)
             dz, bn_sums, dshortcut_weight, dshortcut_bias = convolution_gradients(
-                dout, x, bn, a.shortcut_weight, dz, slope, geometry.shortcut, *need
+                dout, x, bn, a.shortcut_weight, dz, None if dz is None else bn_sums, slope, geometry.shortcut, *need
             )
         if not below or dz is None:  # nothing further down needs a gradient
             continue

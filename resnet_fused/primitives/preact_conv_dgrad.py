@@ -23,6 +23,7 @@ def preact_conv_dgrad(
     padding,
     dilation,
     groups: int,
+    dz_in_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dz = conv_transpose(dy, weight) * act'(z) (+ dz_in), z = x * scale + shift.
 
@@ -32,13 +33,20 @@ def preact_conv_dgrad(
             used).
         bn: acc [4, C] of finalize_forward.
         dz_in: another gradient of z, such as the projection shortcut's.
+        dz_in_sums: its sums, where they are known: the CPU's kernel of a strided 1x1 convolution then leaves
+            alone what the convolution does not read.
 
     Returns:
         dz in x's dtype, and sums, acc [2, C]: sum(dz) and sum(dz * xhat), xhat = (x - mean) * invstd, of dz
         as rounded.
     """
     run = dispatch.select_convolution("preact_conv_dgrad", x, weight, stride, padding, dilation, groups)
-    return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups)
+    rest = () if dz_in_sums is None or not _takes_sums(run) else (dz_in_sums,)
+    return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups, *rest)
+
+
+def _takes_sums(run) -> bool:
+    return isinstance(run, torch._ops.OpOverload) and run._schema.arguments[-1].name == "dz_in_sums"
 
 
 def _kernel(dy, weight, x, bn, dz_in, slope, *geometry):

@@ -15,6 +15,7 @@ template <typename T> struct DgradEpilogue {
   A slope;
   bool relu;
   const T* dz_in;
+  bool replaces;  // dz_in, whose values leave the sums
   T* dz;
   bool streamed;
   T* lines;
@@ -36,12 +37,19 @@ template <typename T> struct DgradEpilogue {
       column[p] = activate_grad<A>(preact(value, scale, shift), column[p], slopes, relu);
       centred[p] = value - mean;
     }
+    Vec<A> sum = {}, sum_xhat = {};
     if (dz_in) {
 #pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) column[p] += load(dz_in + pixel * channels + c + p * step);
+      for (int p = 0; p < NP; ++p) {
+        const Vec<A> before = load(dz_in + pixel * channels + c + p * step);
+        column[p] += before;
+        if (replaces) {
+          sum -= before;
+          sum_xhat -= before * centred[p];
+        }
+      }
     }
     store_column<T>(dz + pixel * channels, c, step, column, streamed, lines);
-    Vec<A> sum = {}, sum_xhat = {};
 #pragma GCC unroll 16
     for (int p = 0; p < NP; ++p) {
       sum += column[p];
@@ -77,12 +85,24 @@ template <typename T> struct DgradEpilogue {
         column[p][1] = activate_grad<float>(preact(odd_channels(in), scale.odd, shift.odd), column[p][1], slopes, false);
       }
     }
+    EvenOdd sum = {}, sum_xhat = {};
     if (dz_in) {
 #pragma GCC unroll 16
       for (int p = 0; p < NP; ++p) {
         const vuint32 beside = load_words(dz_in + begin + p * step);
         column[p][0] += even_channels(beside);
         column[p][1] += odd_channels(beside);
+      }
+      if (replaces) {
+#pragma GCC unroll 16
+        for (int p = 0; p < NP; ++p) {
+          const vuint32 before = load_words(dz_in + begin + p * step), in = load_words(x + begin + p * step);
+          const vfloat even = even_channels(before), odd = odd_channels(before);
+          sum.even -= even;
+          sum.odd -= odd;
+          sum_xhat.even -= even * (even_channels(in) - mean.even);
+          sum_xhat.odd -= odd * (odd_channels(in) - mean.odd);
+        }
       }
     }
     vuint32 words[NP];
@@ -95,7 +115,6 @@ template <typename T> struct DgradEpilogue {
 #pragma GCC unroll 16
       for (int p = 0; p < NP; ++p) store_words(dz + begin + p * step, words[p], false);
     }
-    EvenOdd sum = {}, sum_xhat = {};
 #pragma GCC unroll 16
     for (int p = 0; p < NP; ++p) {
       const vuint32 in = load_words(x + begin + p * step);
@@ -120,9 +139,14 @@ template <typename T> struct DgradEpilogue {
         const A value = load1(x + at);
         const A z = preact(value, bn[2 * channels + c], bn[3 * channels + c]);
         A d = activate_grad1<A>(z, column[p * kLanes<A> + (c - c0)], slope, relu);
-        if (dz_in) d += load1(dz_in + at);
+        const A before = dz_in ? load1(dz_in + at) : A(0);
+        if (dz_in) d += before;
         d = rounded1<T>(d);
         store1(dz + at, d);
+        if (replaces) {
+          sum -= before;
+          sum_xhat -= before * (value - bn[c]);
+        }
         sum += d;
         sum_xhat += d * (value - bn[c]);
       }
@@ -155,6 +179,7 @@ static DgradEpilogue<T> dgrad_epilogue(const PreactConvDgradParams& params, Acc<
           A(params.slope),
           params.slope == 0,
           static_cast<const T*>(params.dz_in),
+          params.dz_in_sums != nullptr,
           static_cast<T*>(params.dz),
           streamed,
           reinterpret_cast<T*>(scratch),

@@ -48,7 +48,10 @@ template <typename A> A* partial_sums(const PreactConvDgradParams& params, int64
 }
 template <typename A>
 void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, int64_t tasks, bool paired) {
-  add_partial_sums(static_cast<A*>(params.sums), partial, 2 * params.g.c, tasks, params.g.c, paired);
+  A* const sums = static_cast<A*>(params.sums);
+  add_partial_sums(sums, partial, 2 * params.g.c, tasks, params.g.c, paired);
+  if (const A* const before = static_cast<const A*>(params.dz_in_sums))
+    for (int64_t c = 0; c < 2 * params.g.c; ++c) sums[c] += before[c];
 }
 
 // Returns false, with everything to be computed again, if not all sums were finite.
@@ -175,8 +178,9 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         last = (image * g.h + min64(g.h, (index + band_rows) * g.stride_h)) * g.w;
       }
       next.add(dy + begin * g.k, dy + end * g.k);
-      next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
-      if (epilogue.dz_in) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
+      // Where dz_in is replaced, three pixels of four are not read.
+      if (!epilogue.replaces) next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
+      if (epilogue.dz_in && !epilogue.replaces) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
       next.divide((last_block - first_block) * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
@@ -184,7 +188,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
       const TileInput<M> input = {tap_offsets + first, pack.taps, layout.rows * layout.slots * B, pack.in_units};
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
-      if (cols <= 0) continue;
+      if (cols <= 0 || (epilogue.replaces && pack.taps == 0)) continue;
       for (int64_t block = first_block; block < last_block; ++block) {
         const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
