@@ -75,7 +75,8 @@ def test_under_autocast(case):
     exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight)]
     oracle, dy = F.conv2d(*exact, **options), torch.randn(y.shape, dtype=y.dtype)
     assert_trusted(y.detach(), plain.detach(), oracle.detach(), "y")
-    results = [gradients(t, leaves, dy) for t, leaves in ((y, (x, weight)), (plain, (x, weight)), (oracle, exact))]
+    graphs = ((y, (x, weight)), (plain, (x, weight)), (oracle, exact))
+    results = [gradients(t, leaves, dy) for t, leaves in graphs]
     for name, *values in zip(("dx", "dweight"), *results, strict=True):
         assert values[0].dtype is torch.float32
         assert_trusted(*values, name)
@@ -104,6 +105,10 @@ def test_gradient_of_one_of_two():
         assert not conv2d_stats(x, weight, **options)[0].requires_grad
 
 
+class Own(torch.Tensor):
+    pass
+
+
 LIBRARY = {
     "NCHW": lambda x, w: conv2d_stats(x.contiguous(), w.contiguous(), padding=1),
     "bias": lambda x, w: conv2d_stats(x, w, torch.zeros(16), padding=1),
@@ -111,7 +116,7 @@ LIBRARY = {
     "padding='same'": lambda x, w: conv2d_stats(x, w, padding="same"),
     "an empty batch": lambda x, w: conv2d_stats(x[:0], w, padding=1),
     "float16": lambda x, w: conv2d_stats(x.half(), w.half(), padding=1),
-    "a tensor subclass": lambda x, w: conv2d_stats(x.as_subclass(type("Own", (torch.Tensor,), {})), w, padding=1),
+    "a tensor subclass": lambda x, w: conv2d_stats(x.as_subclass(Own), w, padding=1),
     "vmap": lambda x, w: torch.func.vmap(lambda x: conv2d_stats(x, w, padding=1)[0])(x[None]),
     "another backend": lambda x, w: by_reference(x, w),
 }

@@ -98,8 +98,7 @@ def conv2d_stats(
     convolves and a pass over its output takes the statistics.
 
     Args:
-        x, weight, bias, stride, padding, dilation, groups: as conv2d has them; under autocast they are cast as
-            its are.
+        x, weight, bias, stride, padding, dilation, groups: as conv2d has them; autocast casts them as its.
 
     Returns:
         y, and its statistics, [2, K] in float32 (float64 for float64). They have no derivative themselves:

@@ -119,9 +119,10 @@ def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):
             )
             dy = None  # free it before the next one is allocated
         if i == 0 and projects:  # adds to the other gradient of z
+            joined = (None, None) if dz is None else (dz, bn_sums)
             need = (below, mask.shortcut_weight, mask.shortcut_bias)
             dz, bn_sums, dshortcut_weight, dshortcut_bias = convolution_gradients(
-                dout, x, bn, a.shortcut_weight, dz, None if dz is None else bn_sums, slope, geometry.shortcut, *need
+                dout, x, bn, a.shortcut_weight, *joined, slope, geometry.shortcut, *need
             )
         if not below or dz is None:  # nothing further down needs a gradient
             continue
