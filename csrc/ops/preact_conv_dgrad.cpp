@@ -70,19 +70,30 @@ static std::tuple<Tensor, Tensor> preact_conv_dgrad_op(const Tensor& dy, const T
                                                        const Tensor& bn, const std::optional<Tensor>& dz_in,
                                                        double slope, const std::vector<int64_t>& stride,
                                                        const std::vector<int64_t>& padding,
-                                                       const std::vector<int64_t>& dilation, int64_t groups,
-                                                       const std::optional<Tensor>& dz_in_sums) {
+                                                       const std::vector<int64_t>& dilation, int64_t groups) {
+  return preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups, std::nullopt, false);
+}
+
+// The same for a dz_in of which the sums are known.
+static std::tuple<Tensor, Tensor> preact_conv_dgrad_with_sums(
+    const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn, const Tensor& dz_in,
+    const Tensor& dz_in_sums, double slope, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups) {
   return preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups, dz_in_sums, false);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def(
       "preact_conv_dgrad(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor? dz_in, float slope,"
-      " int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? dz_in_sums=None) -> (Tensor, Tensor)");
+      " int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor, Tensor)");
+  m.def(
+      "preact_conv_dgrad_with_sums(Tensor dy, Tensor weight, Tensor x, Tensor bn, Tensor dz_in, Tensor dz_in_sums,"
+      " float slope, int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("preact_conv_dgrad", TORCH_BOX(&preact_conv_dgrad_op));
+  m.impl("preact_conv_dgrad_with_sums", TORCH_BOX(&preact_conv_dgrad_with_sums));
 }
 
 }  // namespace resnet_fused

@@ -41,12 +41,10 @@ def preact_conv_dgrad(
         as rounded.
     """
     run = dispatch.select_convolution("preact_conv_dgrad", x, weight, stride, padding, dilation, groups)
-    rest = () if dz_in_sums is None or not _takes_sums(run) else (dz_in_sums,)
-    return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups, *rest)
-
-
-def _takes_sums(run) -> bool:
-    return isinstance(run, torch._ops.OpOverload) and run._schema.arguments[-1].name == "dz_in_sums"
+    if dz_in is not None and dz_in_sums is not None and getattr(run, "namespace", "") == "resnet_fused_cpu":
+        run = torch.ops.resnet_fused_cpu.preact_conv_dgrad_with_sums.default
+        return run(dy, weight, x, bn, dz_in, dz_in_sums, slope, stride, padding, dilation, groups)
+    return run(dy, weight, x, bn, dz_in, slope, stride, padding, dilation, groups)
 
 
 def _kernel(dy, weight, x, bn, dz_in, slope, *geometry):
