@@ -14,7 +14,15 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from .. import functional as F
-from ..nn.units import batch_norm_args, conv_args, has_hooks, normalize, unit_args, uses_batch_statistics
+from ..nn.units import (
+    batch_norm_args,
+    conv2d_stats,
+    conv_args,
+    has_hooks,
+    normalize,
+    unit_args,
+    uses_batch_statistics,
+)
 from ..ops.arguments import resolve_padding
 from ..primitives.layout import convolution_output_shape
 from . import leaves
@@ -339,15 +347,11 @@ class Plan:
 
     def _run_plain_conv(self, node: Node, values: _Values) -> Tensor:
         """A convolution without a norm in front, with the statistics that a fused norm behind it reads."""
-        x, conv = values[self._sources[node.all_input_nodes[0]]], self._conv(node)
+        x = values[self._sources[node.all_input_nodes[0]]]
         wanted = any(uses_batch_statistics(reader) for reader in self._readers[node])
         if not (wanted and type(x) is Tensor and x.dim() == 4):
             return self._call(node, values)
-        c = conv_args(conv)
-        result = F.conv2d_stats(
-            x, c.weight, c.bias, stride=c.stride, padding=c.padding, dilation=c.dilation, groups=c.groups
-        )
-        return self._keep(result, node, values, True)
+        return self._keep(conv2d_stats(self._conv(node), x), node, values, True)
 
     def _norm_of(self, pair: Pair, norm: nn.BatchNorm2d, x: Tensor, values: _Values):
         """The norm's arguments and the statistics of x, for one of the convolutions that share it.

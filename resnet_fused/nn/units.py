@@ -215,6 +215,11 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     """``conv(x)``, a net's first convolution, and the statistics of it where ``following`` will use them."""
     if not (is_fusable(conv) and isinstance(following, StatsModule) and following.wants_stats()):
         return conv(x), None
+    return conv2d_stats(conv, x)
+
+
+def conv2d_stats(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``conv(x)`` and the statistics of it; ``conv`` is one that the operator takes."""
     args = conv_args(conv)
     return F.conv2d_stats(
         x,
