@@ -373,6 +373,20 @@ class TestMeasure:
         rounds = ["".join(calls[i : i + 3]) for i in range(0, 15, 3)]
         assert all(sorted(one) == list("abc") for one in rounds) and len(set(rounds)) > 1
 
+    def test_lead_in(self, monkeypatch):
+        """Right before the sample, and not part of it."""
+        calls, now = [], [0]
+
+        def run(name, seconds):
+            calls.append(name)
+            now[0] += seconds
+
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+        contenders = {"a": lambda: run("a", 2), "b": lambda: run("b", 3)}
+        samples = measure.interleave(contenders, 3, lead_in={"a": lambda: run("-", 100)})
+        assert "".join(calls).replace("-a", "").replace("b", "") == "" and len(calls) == 9
+        assert samples == {"a": [2] * 3, "b": [3] * 3}
+
 
 class TestMemory:
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -71,7 +71,7 @@ def bn_rows(c, dtype):
 def tensors(shape, dtype, make):
     x = make(shape.n, shape.c, shape.h, shape.w).to(dtype).contiguous(memory_format=CL)
     weight = make(shape.k, shape.c, *shape.kernel).to(dtype)
-    size = convolution_output_shape(x.shape, weight, *shape.geometry[:3])
+    size = convolution_output_shape(x.shape, weight.shape, *shape.geometry[:3])
     return x, weight, make(*size).to(dtype).contiguous(memory_format=CL)
 
 

@@ -333,7 +333,7 @@ class TestConvolutions:
         )
         self.bias = torch.randn(shape.k).to(parameters)
         self.bn = bn_rows(shape.c, dtype)
-        size = convolution_output_shape(self.x.shape, self.weight, *shape.geometry[:3])
+        size = convolution_output_shape(self.x.shape, self.weight.shape, *shape.geometry[:3])
         self.dy, self.residual = activation(*size, dtype=dtype), activation(*size, dtype=dtype)
         # What the cpu kernels and the reference round once, the unfused path rounds after each step.
         self.rounds_once = lambda backend: (

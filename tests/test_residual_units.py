@@ -80,6 +80,9 @@ ROWS = {
     "odd widths": lambda dtype: [basic(17, dtype=dtype) for _ in range(2)],
     "biases, leaky": lambda dtype: [basic(slope=0.1, bias=True, dtype=dtype) for _ in range(3)],
     "without affine": lambda dtype: [bottleneck(affine=False, dtype=dtype) for _ in range(2)],
+    "one": lambda dtype: [bottleneck(dtype=dtype)],
+    "one, projects": lambda dtype: [basic(8, 16, 2, dtype=dtype)],
+    "one, projects, biases": lambda dtype: [basic(8, 20, slope=0.1, bias=True, dtype=dtype)],
     "without running": lambda dtype: [bottleneck(running=False, dtype=dtype) for _ in range(2)],
 }
 
@@ -121,6 +124,42 @@ class TestSameAsOneByOne:
             results(x, units, x_stats=x_stats)
             assert nodes == [len(units)]
             check_same(one_by_one, x, units, x_stats=x_stats)
+
+    @pytest.mark.parametrize(
+        "needed", ["x", "norm", "norm's bias", "weight", "shortcut", "all but the shortcut", "shortcut's bias"]
+    )
+    def test_which_gradients_of_a_projecting_unit(self, one_by_one, nodes, needed):
+        units, x = [basic(8, 16, 2, bias=True)], batch(8)
+        units[0] = units[0]._replace(shortcut=conv(8, 16, 1, 2, bias=True))
+        shortcut = units[0].shortcut
+        everything = [t for t in plain.tensors((x, units)) if t.is_floating_point()]
+        leaves = {
+            "x": [x],
+            "norm": [units[0].norms[1].weight],
+            "norm's bias": [units[0].norms[0].bias],
+            "weight": [units[0].convs[0].weight],
+            "shortcut": [shortcut.weight, shortcut.bias],
+            "shortcut's bias": [shortcut.bias],
+            "all but the shortcut": [t for t in everything if t is not shortcut.weight and t is not shortcut.bias],
+        }[needed]
+        running = {id(t) for norm in units[0].norms for t in (norm.running_mean, norm.running_var)}
+        for t in everything:
+            if id(t) not in running:
+                t.requires_grad_(any(t is leaf for leaf in leaves))
+        check_same(one_by_one, x, units)
+        assert nodes[0] == 1
+
+    def test_dtypes_of_parameters(self, one_by_one, nodes):
+        """BatchNorm's own in bfloat16, as after model.bfloat16()."""
+        units, x = [bottleneck(dtype=torch.bfloat16)], batch(dtype=torch.bfloat16)
+        norms = [
+            norm._replace(weight=w, bias=b)
+            for norm in units[0].norms
+            for w, b in [[t.detach().bfloat16().requires_grad_() for t in (norm.weight, norm.bias)]]
+        ]
+        units[0] = units[0]._replace(norms=norms)
+        check_same(one_by_one, x, units)
+        assert nodes[0] == 1
 
     @pytest.mark.parametrize("training", [True, False])
     def test_without_gradients(self, nodes, one_by_one, training):
@@ -210,7 +249,7 @@ class TestRows:
     def test_projections_have_their_own(self, nodes):
         row = [basic(8), basic(8), basic(8, 16, 2), basic(16), basic(16)]
         out, stats = residual_units(batch(8), row, return_stats=True)
-        assert nodes == [2, 0, 2] and out.shape == (2, 16, 3, 3)
+        assert nodes == [2, 1, 2] and out.shape == (2, 16, 3, 3)
         torch.testing.assert_close(
             stats, torch.ops.resnet_fused.channel_stats(out.detach()), rtol=1e-5, atol=1e-4
         )
@@ -224,7 +263,7 @@ class TestRows:
 
         x, two = batch(), [basic(), basic()]
         assert not left(x, two)
-        assert left(x, two[:1])
+        assert not left(x, two[:1])
         assert left(x.detach().contiguous(), two)
         assert left(x, [basic(), basic(slope=0.1)])
         frozen = [basic(training=False), basic(training=False)]
@@ -396,7 +435,7 @@ class TestStage:
         seen = []
         handle = stage[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
         stage(x)
-        assert nodes == [0, 2] and len(seen) == 1  # the first by itself, the second as a module, two as one
+        assert nodes == [1, 2] and len(seen) == 1  # the first by itself, the second as a module, two as one
         handle.remove()
         nodes.clear()
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
@@ -414,7 +453,7 @@ class TestStage:
 
         stage = rf.nn.PreActStage(rf.nn.PreActBasicBlock(8, 8), Mine(8, 8), rf.nn.PreActBasicBlock(8, 8))
         stage(batch(8))
-        assert nodes == [0, 0]
+        assert nodes == [1, 1]  # around the other one
         stage = self.stage()
         stage[2].forward = lambda x, *args: x
         nodes.clear()
@@ -432,6 +471,22 @@ class TestStage:
         for (name, a), b in zip(stage.named_buffers(), other.buffers(), strict=True):
             assert torch.equal(a, b), name
         assert stage[0].bn1.num_batches_tracked.item() == 2
+
+    @pytest.mark.parametrize("momentum", [0.3, 1, torch.tensor(0.2)], ids=["float", "int", "tensor"])
+    def test_running_statistics(self, one_by_one, momentum):
+        """By the operator itself, or after it; some of the norms have none or do not count."""
+        units, x = [bottleneck() for _ in range(2)], batch()
+        norms = [n._replace(momentum=momentum) for n in units[0].norms]
+        norms[1] = norms[1]._replace(running_mean=None, running_var=None)
+        norms[2] = norms[2]._replace(num_batches_tracked=None)
+        units[0] = units[0]._replace(norms=norms)
+        before = norms[0].running_mean.clone()
+        check_same(one_by_one, x, units)
+        versions = [t._version for t in (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)]
+        residual_units(x, units)
+        assert not torch.equal(norms[0].running_mean, before) and norms[0].num_batches_tracked.item() == 4
+        changed = (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)
+        assert all(t._version > version for t, version in zip(changed, versions, strict=True))
 
     def test_shared_unit(self, one_by_one):
         unit = rf.nn.PreActBasicBlock(8, 8)

@@ -95,7 +95,7 @@ def case(shape, dtype, parameters):
     c.weight = (torch.randn(shape.k, shape.c, *shape.kernel) / fan_in**0.5).to(parameters)
     c.bias = torch.randn(shape.k).to(parameters)
     c.bn = bn_rows(shape.c, dtype)
-    size = convolution_output_shape(c.x.shape, c.weight, *shape.geometry[:3])
+    size = convolution_output_shape(c.x.shape, c.weight.shape, *shape.geometry[:3])
     c.dy, c.residual = random(*size, dtype=dtype), random(*size, dtype=dtype)
     c.dz_in = random(*c.x.shape, dtype=dtype)
     return c

@@ -149,12 +149,9 @@ void update_running_stats(const Tensor& running_mean, const Tensor& running_var,
   }
 }
 
-// update_running_stats of several BatchNorms, and one more batch for each counter.
-static void update_running_stats_of_unit(const std::vector<Tensor>& running_means,
-                                         const std::vector<Tensor>& running_vars,
-                                         const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
-                                         const std::vector<double>& momenta,
-                                         const std::vector<Tensor>& batches_tracked) {
+void update_running_stats_of_unit(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
+                                  const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
+                                  const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked) {
   const size_t n = running_means.size();
   RF_CHECK(running_vars.size() == n && stats.size() == n && counts.size() == n && momenta.size() == n,
            "expected ", n, " running_vars, stats, counts and momenta, but got ", running_vars.size(), ", ",

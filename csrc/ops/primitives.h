@@ -26,6 +26,10 @@ Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bo
 
 void update_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& stats,
                           int64_t count, double momentum);
+// The same of several BatchNorms, and one more batch for each counter.
+void update_running_stats_of_unit(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
+                                  const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
+                                  const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked);
 
 // (y, stats)
 std::tuple<Tensor, Tensor> preact_conv_forward(const Tensor& x, const std::optional<Tensor>& bn,

@@ -44,6 +44,12 @@ class CpuUnit {
     return {std::move(y), std::move(stats), std::move(next_bn)};
   }
 
+  static void update_running_stats(const TensorList& means, const TensorList& vars, const TensorList& stats,
+                                   const IntList& counts, const std::vector<double>& momenta,
+                                   const TensorList& batches_tracked) {
+    update_running_stats_of_unit(means, vars, stats, counts, momenta, batches_tracked);
+  }
+
   void begin_backward(const UnitMask&) const {}
   void finish_backward() const {}
 

@@ -20,6 +20,20 @@ struct UnitNorm {
   std::optional<Tensor> weight, bias, running_mean, running_var;
   bool training;  // use batch statistics
   double eps;
+  std::optional<double> momentum;  // the running statistics are to be updated with this
+};
+
+// What the running statistics of BatchNorms are to be updated with, as update_running_stats_of_unit takes it.
+struct RunningStatsUpdates {
+  std::vector<Tensor> means, vars, stats;
+  std::vector<int64_t> counts;
+  std::vector<double> momenta;
+
+  void add(const UnitNorm& norm, const Tensor& batch, int64_t count) {
+    if (!norm.momentum || !norm.training || !norm.running_mean) return;
+    means.push_back(*norm.running_mean), vars.push_back(*norm.running_var), stats.push_back(batch);
+    counts.push_back(count), momenta.push_back(*norm.momentum);
+  }
 };
 
 struct UnitConvolution {
@@ -81,7 +95,8 @@ using UnitForward = std::tuple<Tensor, Tensor, TensorList, TensorList, TensorLis
 //   convolution(i, h, bn, residual, want_stats, next) -> (y, stats, bn of BatchNorm i + 1 if `next`).
 template <typename Backend>
 UnitForward residual_unit_forward(Backend& backend, const Unit& unit, const Tensor& x,
-                                  const std::optional<Tensor>& x_stats, bool want_stats, bool want_raw) {
+                                  const std::optional<Tensor>& x_stats, bool want_stats, bool want_raw,
+                                  RunningStatsUpdates& updates) {
   const size_t n = unit.size();
   const auto& norms = unit.norms;
   std::optional<Tensor> first_stats;
@@ -89,7 +104,10 @@ UnitForward residual_unit_forward(Backend& backend, const Unit& unit, const Tens
   const int64_t count = values_per_channel(x);
   check_norm(norms[0], x, x.size(1), count);
   for (size_t i = 1; i < n; ++i) check_norm(norms[i], x, unit.convolutions[i - 1].weight.size(0), 0);
-  if (norms[0].training) first_stats = x_stats ? *x_stats : backend.channel_stats(x);
+  if (norms[0].training) {
+    first_stats = x_stats ? *x_stats : backend.channel_stats(x);
+    updates.add(norms[0], *first_stats, count);
+  }
   // Statistics that came as an argument are not an output: outputs do not alias inputs.
   stats.push_back(first_stats && !x_stats ? *first_stats : backend.acc_nothing());
   OptionalTensorList bn = backend.begin_forward(first_stats, count);
@@ -112,6 +130,7 @@ UnitForward residual_unit_forward(Backend& backend, const Unit& unit, const Tens
     else if (!bn[i + 1])
       bn[i + 1] = backend.finalize_forward(i + 1, std::nullopt, values);
     stats.push_back(next ? *h_stats : backend.acc_nothing());
+    if (next) updates.add(norms[i + 1], *h_stats, values);
     if (want_raw) raw.push_back(*h);
   }
   TensorList bns;

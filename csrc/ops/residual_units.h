@@ -12,26 +12,29 @@
 // each, the shortcuts' lists have an entry per unit. x, dout and raw are dense channels_last, and so are out
 // and dx.
 //
+// momenta: with which the running statistics of the BatchNorms in training are updated; empty: they are not. 1 is added to
+//   batches_tracked.
 // raw: what every convolution but the last gave, the units' sums included. stats: of what each BatchNorm
 // reads, of
 //   size 0 where it came as an argument or is not needed.
-// output_mask: x; the BatchNorms, weights and biases in order; the shortcuts' weights; the shortcuts' biases.
+// output_mask: x; the weights, then the biases of the BatchNorms; those of the convolutions; of the shortcuts. The gradients
+//   that it asks for come in this order, those of a BatchNorm (in the acc dtype) as rows of one tensor, the bias' first.
 // combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
 // gradients,
 //   where both are needed.
 #define RF_UNITS_FORWARD_SCHEMA                                                                             \
   "residual_units_forward(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases,"            \
-  " Tensor?[] running_means, Tensor?[] running_vars, Tensor[] weights, Tensor?[] biases,"                   \
+  " Tensor(a!)?[] running_means, Tensor(b!)?[] running_vars, Tensor[] weights, Tensor?[] biases,"           \
   " Tensor?[] shortcut_weights, Tensor?[] shortcut_biases, bool[] training, float[] eps,"                   \
   " float negative_slope, int[] strides, int[] paddings, int[] dilations, int[] groups,"                    \
-  " int[] shortcut_strides, int[] lengths, bool want_stats, bool want_raw)"                                 \
+  " int[] shortcut_strides, int[] lengths, float[] momenta, Tensor(c!)[] batches_tracked, bool want_stats," \
+  " bool want_raw)"                                                                                         \
   " -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
 #define RF_UNITS_BACKWARD_SCHEMA                                                                            \
   "residual_units_backward(Tensor dout, Tensor x, Tensor[] raw, Tensor[] bns, Tensor[] weights,"            \
   " Tensor?[] shortcut_weights, bool[] training, float negative_slope, int[] strides, int[] paddings,"      \
   " int[] dilations, int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask,"              \
-  " bool[] combined) -> (Tensor dx, Tensor[] sums, Tensor[] dweights, Tensor[] dbiases,"                    \
-  " Tensor[] dshortcut_weights, Tensor[] dshortcut_biases)"
+  " bool[] combined) -> Tensor[] gradients"
 
 namespace resnet_fused {
 
@@ -43,13 +46,15 @@ inline std::vector<Unit> make_units(const OptionalTensorList& bn_weights, const 
                                     const OptionalTensorList& shortcut_biases, const BoolList& training,
                                     const std::vector<double>& eps, double slope, const IntList& strides,
                                     const IntList& paddings, const IntList& dilations, const IntList& groups,
-                                    const IntList& shortcut_strides, const IntList& lengths) {
+                                    const IntList& shortcut_strides, const IntList& lengths,
+                                    const std::vector<double>& momenta) {
   const size_t n = weights.size(), count = lengths.size();
   int64_t total = 0;
   for (const int64_t length : lengths) {
     RF_CHECK(length > 0, "expected at least one convolution in each unit, but got ", length);
     total += length;
   }
+  RF_CHECK(momenta.empty() || momenta.size() == n, "expected ", n, " momenta or none, but got ", momenta.size());
   RF_CHECK(count > 0 && total == static_cast<int64_t>(n), "expected ", n, " convolutions in the units, but got ",
            total);
   for (const size_t length : {bn_weights.size(), bn_biases.size(), running_means.size(), running_vars.size(),
@@ -67,8 +72,8 @@ inline std::vector<Unit> make_units(const OptionalTensorList& bn_weights, const 
     unit.norms.reserve(lengths[u]);
     unit.convolutions.reserve(lengths[u] + 1);
     for (const size_t end = i + lengths[u]; i < end; ++i) {
-      unit.norms.push_back(
-          {bn_weights[i], bn_biases[i], running_means[i], running_vars[i], training[i], eps[i]});
+      unit.norms.push_back({bn_weights[i], bn_biases[i], running_means[i], running_vars[i], training[i], eps[i],
+                            momenta.empty() ? std::nullopt : std::optional<double>(momenta[i])});
       unit.convolutions.push_back(
           {weights[i], biases[i], pair(strides, i), pair(paddings, i), pair(dilations, i), groups[i]});
     }
@@ -95,74 +100,87 @@ UnitForward residual_units_forward(const Tensor& x, const std::optional<Tensor>&
                                    const OptionalTensorList& shortcut_biases, const BoolList& training,
                                    const std::vector<double>& eps, double slope, const IntList& strides,
                                    const IntList& paddings, const IntList& dilations, const IntList& groups,
-                                   const IntList& shortcut_strides, const IntList& lengths, bool want_stats,
-                                   bool want_raw) {
+                                   const IntList& shortcut_strides, const IntList& lengths,
+                                   const std::vector<double>& momenta, const TensorList& batches_tracked,
+                                   bool want_stats, bool want_raw) {
   const std::vector<Unit> units =
       make_units(bn_weights, bn_biases, running_means, running_vars, weights, biases, shortcut_weights,
                  shortcut_biases, training, eps, slope, strides, paddings, dilations, groups, shortcut_strides,
-                 lengths);
+                 lengths, momenta);
   const BoolList none;
   Tensor h = x;
   std::optional<Tensor> h_stats = x_stats;
   TensorList raw, stats, bns;
+  RunningStatsUpdates updates;
   for (size_t u = 0; u < units.size(); ++u) {
     const bool last = u + 1 == units.size();
     Backend backend(units[u], h, none);
     auto [y, y_stats, unit_raw, unit_stats, unit_bns] = residual_unit_forward(
-        backend, units[u], h, h_stats, last ? want_stats : units[u + 1].norms[0].training, want_raw);
+        backend, units[u], h, h_stats, last ? want_stats : units[u + 1].norms[0].training, want_raw, updates);
     // Those of a later unit's input are an output of the operator, not an argument of it.
     if (u > 0 && units[u].norms[0].training) unit_stats[0] = std::move(*h_stats);
     append(raw, std::move(unit_raw)), append(stats, std::move(unit_stats)), append(bns, std::move(unit_bns));
     h = std::move(y), h_stats = std::move(y_stats);
     if (!last && want_raw) raw.push_back(h);
   }
+  if (!updates.means.empty() || !batches_tracked.empty())
+    Backend::update_running_stats(updates.means, updates.vars, updates.stats, updates.counts, updates.momenta,
+                                  batches_tracked);
   return {std::move(h), std::move(*h_stats), std::move(raw), std::move(stats), std::move(bns)};
 }
 
-using UnitsBackward = std::tuple<Tensor, TensorList, TensorList, TensorList, TensorList, TensorList>;
+// Row `row` of a contiguous [2, C]. No operator runs for it: there is one for every parameter of every BatchNorm.
+inline Tensor row_of(const Tensor& rows, int64_t row) {
+  const int64_t channels = rows.size(1), stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(rows.get(), 1, &channels, &stride, row * channels, &handle));
+  return Tensor(handle);
+}
 
 template <typename Backend>
-UnitsBackward residual_units_backward(const Tensor& dout, const Tensor& x, const TensorList& raw,
-                                      const TensorList& bns, const TensorList& weights,
-                                      const OptionalTensorList& shortcut_weights, const BoolList& training,
-                                      double slope, const IntList& strides, const IntList& paddings,
-                                      const IntList& dilations, const IntList& groups,
-                                      const IntList& shortcut_strides, const IntList& lengths,
-                                      const BoolList& output_mask, const BoolList& combined) {
+TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const TensorList& raw,
+                                   const TensorList& bns, const TensorList& weights,
+                                   const OptionalTensorList& shortcut_weights, const BoolList& training,
+                                   double slope, const IntList& strides, const IntList& paddings,
+                                   const IntList& dilations, const IntList& groups,
+                                   const IntList& shortcut_strides, const IntList& lengths,
+                                   const BoolList& output_mask, const BoolList& combined) {
   const size_t n = weights.size(), count = lengths.size();
   const OptionalTensorList none(n);
   const std::vector<Unit> units =
       make_units(none, none, none, none, weights, none, shortcut_weights, OptionalTensorList(count), training,
-                 std::vector<double>(n), slope, strides, paddings, dilations, groups, shortcut_strides, lengths);
+                 std::vector<double>(n), slope, strides, paddings, dilations, groups, shortcut_strides, lengths,
+                 {});
   RF_CHECK(raw.size() == n - 1 && bns.size() == n, "expected ", n - 1, " raw outputs and ", n,
            " bns, but got ", raw.size(), " and ", bns.size());
-  RF_CHECK(output_mask.size() == 3 * n + 2 * count + 1, "expected output_mask of ", 3 * n + 2 * count + 1,
+  RF_CHECK(output_mask.size() == 4 * n + 2 * count + 1, "expected output_mask of ", 4 * n + 2 * count + 1,
            " values, but got ", output_mask.size());
   RF_CHECK(combined.size() == n + count, "expected combined of ", n + count, " values, but got ",
            combined.size());
 
+  // Of the output_mask, by where they begin.
+  const size_t gammas = 1, betas = gammas + n, convolutions = betas + n, biases = convolutions + n,
+               shortcuts = biases + n, shortcut_biases = shortcuts + count;
+  const auto any = [&](size_t first, size_t size) {
+    return std::find(output_mask.begin() + first, output_mask.begin() + first + size, true) !=
+           output_mask.begin() + first + size;
+  };
+
   Tensor dx = dout;
   bool needed = true;
-  // From the last unit to the first: filled backwards and turned in the end.
-  TensorList sums, dweights, dbiases, dshortcut_weights, dshortcut_biases;
-  const auto append_backwards = [](TensorList& to, TensorList&& from) {
-    std::reverse(from.begin(), from.end());
-    append(to, std::move(from));
-  };
+  OptionalTensorList gradients(output_mask.size());
   for (size_t u = count, end = n; u-- > 0;) {
     const Unit& unit = units[u];
     const size_t size = unit.size(), begin = end - size;
     // Whether anything that the unit's input depends on needs a gradient.
-    bool below = output_mask[0];
-    for (size_t part = 0; part < 3; ++part)
-      for (size_t i = 0; i < begin; ++i) below = below || output_mask[1 + part * n + i];
-    for (size_t part = 0; part < 2; ++part)
-      for (size_t i = 0; i < u; ++i) below = below || output_mask[1 + 3 * n + part * count + i];
+    bool below = output_mask[0] || any(shortcuts, u) || any(shortcut_biases, u);
+    for (const size_t kind : {gammas, betas, convolutions, biases}) below = below || any(kind, begin);
     BoolList mask{below};
-    for (size_t part = 0; part < 3; ++part)
-      mask.insert(mask.end(), output_mask.begin() + 1 + part * n + begin,
-                  output_mask.begin() + 1 + part * n + end);
-    for (size_t part = 0; part < 2; ++part) mask.push_back(output_mask[1 + 3 * n + part * count + u]);
+    for (size_t i = begin; i < end; ++i) mask.push_back(output_mask[gammas + i] || output_mask[betas + i]);
+    for (const size_t kind : {convolutions, biases})
+      for (size_t i = begin; i < end; ++i) mask.push_back(output_mask[kind + i]);
+    for (const size_t kind : {shortcuts, shortcut_biases}) mask.push_back(output_mask[kind + u]);
     BoolList both(combined.begin() + begin, combined.begin() + end);
     if (unit.projects) both.push_back(combined[n + u]);
 
@@ -173,20 +191,23 @@ UnitsBackward residual_units_backward(const Tensor& dout, const Tensor& x, const
         TensorList(raw.begin() + begin, raw.begin() + end - 1),
         TensorList(bns.begin() + begin, bns.begin() + end), UnitMask(mask, size));
     auto& [unit_dx, unit_sums, unit_dweights, unit_dbiases, dshortcut_weight, dshortcut_bias] = of_unit;
-    append_backwards(sums, std::move(unit_sums));
-    append_backwards(dweights, std::move(unit_dweights));
-    append_backwards(dbiases, std::move(unit_dbiases));
-    dshortcut_weights.push_back(std::move(dshortcut_weight));
-    dshortcut_biases.push_back(std::move(dshortcut_bias));
+    for (size_t i = begin; i < end; ++i) {
+      for (const size_t kind : {gammas, betas})
+        if (output_mask[kind + i]) gradients[kind + i] = row_of(unit_sums[i - begin], kind == gammas ? 1 : 0);
+      gradients[convolutions + i] = std::move(unit_dweights[i - begin]);
+      gradients[biases + i] = std::move(unit_dbiases[i - begin]);
+    }
+    gradients[shortcuts + u] = std::move(dshortcut_weight);
+    gradients[shortcut_biases + u] = std::move(dshortcut_bias);
     dx = std::move(unit_dx);
     needed = below;
     end = begin;
   }
-  for (TensorList* list : {&sums, &dweights, &dbiases, &dshortcut_weights, &dshortcut_biases})
-    std::reverse(list->begin(), list->end());
-  return {std::move(dx), std::move(sums),
-          std::move(dweights), std::move(dbiases),
-          std::move(dshortcut_weights), std::move(dshortcut_biases)};
+  if (output_mask[0]) gradients[0] = std::move(dx);
+  TensorList wanted;
+  for (size_t i = 0; i < gradients.size(); ++i)
+    if (output_mask[i]) wanted.push_back(std::move(*gradients[i]));
+  return wanted;
 }
 
 }  // namespace resnet_fused

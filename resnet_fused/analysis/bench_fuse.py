@@ -130,6 +130,6 @@ def _measure(name: str, arguments) -> tuple[_Row | None, fusion.Verification | N
             "fused": _Step(fusion.fuse(copy.deepcopy(model)), images, torch.channels_last),
         }
         interleave(steps, _WARMUP_ROUNDS)
-        samples = interleave(steps, arguments.rounds)
+        samples = interleave(steps, arguments.rounds, lead_in=steps)
         timings = {key: Timing.of(values) for key, values in samples.items()}
     return _Row(name, size, explanation, tuple(ratios), timings), None

@@ -216,11 +216,12 @@ def _measure(net: BenchmarkNet, dtype: str, accuracy: Accuracy, arguments, threa
         bare = BareConvolutions(net.convolutions, DTYPES[dtype], training=mode == "train")
         calls = {**steps, step_report.BARE: bare.run_round}
         begin = time.perf_counter()
-        interleave(calls, _WARMUP_ROUNDS)
+        interleave(calls, _WARMUP_ROUNDS, lead_in=steps)
         seconds = (time.perf_counter() - begin) / _WARMUP_ROUNDS
     rounds = arguments.rounds or min(max(int(_CELL_SECONDS / seconds), _ROUNDS[0]), _ROUNDS[1])
     bare.reset()
-    samples = interleave(calls, rounds, lambda done: _say(f"{title}: round {done} of {rounds}"))
+    # In training a step follows a step of the same net. The bare convolutions see to that themselves.
+    samples = interleave(calls, rounds, lambda done: _say(f"{title}: round {done} of {rounds}"), steps)
 
     rows = []
     for contender in contenders:

@@ -42,7 +42,8 @@ class Timing:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int,
-               after_round: Callable[[int], object] = lambda done: None) -> dict[str, list[float]]:
+               after_round: Callable[[int], object] = lambda done: None,
+               lead_in: Mapping[str, Callable[[], object]] = {}) -> dict[str, list[float]]:
     """Time ``contenders`` one call each per round, so that whatever else the machine does meets all of them.
 
     The order is drawn anew for every round (from a fixed seed): what a contender leaves behind in the caches
@@ -53,6 +54,9 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int,
         contenders: name -> a call to time. It must return only when its work is done.
         rounds: number of samples of each.
         after_round: called with the number of finished rounds.
+        lead_in: name -> a call that is made, untimed, right before each sample. Where the contender's own, the
+            sample is of a call behind another of the same kind, as in a loop, not of one behind another
+            contender, which has filled caches and allocators with what is its own.
 
     Returns:
         name -> seconds of each round.
@@ -67,6 +71,8 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int,
             gc.disable()
             for name in order:
                 run = contenders[name]
+                if name in lead_in:
+                    lead_in[name]()
                 start = time.perf_counter()
                 run()
                 samples[name].append(time.perf_counter() - start)

@@ -26,6 +26,7 @@ CSV_COLUMNS = ("date", "model", "pixels", "batch_size", "mode", "dtype", "conten
                "simd", "torch", "version", "commit")
 _STEPS = {"train": "training step (forward, loss, backward, SGD with momentum, fused=True)",
           "inference": "forward in eval mode under torch.inference_mode()"}
+_SAMPLE = "each sample the second of two in a row"
 _OPTIMIZER = {"train": "SGD, momentum 0.9, fused=True", "inference": None}
 
 
@@ -167,7 +168,7 @@ def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_S
     return "\n".join([
         *lines, "",
         f"Median ms of a {_STEPS[cells[0].mode]}, batch {batch_size} and 32x32 (timm, torchvision: 64x64) "
-        f"unless the name says net@pixels/batch. {environment['cpu']}, threads: {cells[0].threads}, "
+        f"unless the name says net@pixels/batch; {_SAMPLE}. {environment['cpu']}, threads: {cells[0].threads}, "
         f"{environment['simd']}, PyTorch {environment['torch']}, resnet_fused "
         f"{environment['version']}{commit}, {environment['date'][:10]}. Eager, compiled: the faster of NCHW "
         "and channels_last (NHWC). Speed-up: over the fastest of them all. Bare: the convolutions alone "
@@ -188,7 +189,7 @@ def write_json(path: Path, cells: Iterable[Cell], environment: dict) -> None:
                          "speedup": cell.speedup(row), "overhead": cell.overhead(row),
                          "memory_bytes": None if row.memory is None else asdict(row.memory),
                          "first_step_s": row.first_step, "failure": row.failure})
-        found.append({**_description(cell), "rounds": cell.rounds, "accuracy": asdict(cell.accuracy),
+        found.append({**_description(cell), "rounds": cell.rounds, "sample": _SAMPLE, "accuracy": asdict(cell.accuracy),
                       "contenders": rows, "convolutions": cell.convolutions})
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps({"environment": environment, "cells": found}, indent=1) + "\n")

@@ -69,7 +69,7 @@ def output_shape(shape: tuple, conv: nn.Conv2d) -> tuple | None:
     padding, crop = resolve_padding(conv.padding, conv.weight, conv.stride, conv.dilation)
     if crop != (0, 0):
         return None
-    return convolution_output_shape(shape, conv.weight, conv.stride, padding, conv.dilation)
+    return convolution_output_shape(shape, conv.weight.shape, conv.stride, padding, conv.dilation)
 
 
 def unit_fits(x: Any, convs: list[nn.Conv2d], shortcut: nn.Conv2d | None) -> bool:

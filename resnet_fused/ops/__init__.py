@@ -8,7 +8,8 @@ from .preact import preact
 from .preact_conv2d import preact_conv2d
 from .residual_add import residual_add
 from .residual_unit import residual_unit
-from .residual_units import UnitArgs, residual_units
+from .residual_units import residual_units
+from .unit_node import UnitArgs
 
 __all__ = [
     "BatchNormArgs",

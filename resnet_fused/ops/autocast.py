@@ -8,7 +8,8 @@ def cast(t: Tensor, device_type: str) -> Tensor:
     """t in the autocast dtype; float64 and non-floating tensors as they are, as in PyTorch."""
     if t.dtype is torch.float64 or not t.is_floating_point():
         return t
-    return t.to(torch.get_autocast_dtype(device_type))
+    dtype = torch.get_autocast_dtype(device_type)
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def cast_with_stats(x: Tensor, x_stats: Tensor | None, device_type: str) -> tuple[Tensor, Tensor | None]:

@@ -65,7 +65,7 @@ def _has_kernel(x: Tensor, weight: Tensor, geometry: tuple) -> bool:
         return False
     if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1 or groups != 1 or weight.numel() == 0:
         return False
-    if min(convolution_output_shape(x.shape, weight, stride, padding, dilation)) < 1:
+    if min(convolution_output_shape(x.shape, weight.shape, stride, padding, dilation)) < 1:
         return False
     if not convolution_is_channels_last(x, weight):
         return False

@@ -5,7 +5,7 @@ BatchNorm's backward; in the first convolution that pass adds the identity short
 projection shortcut's gradient joins at the pre-activation that both convolutions read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,16 +83,37 @@ def _backward(*args):
     a = _Arguments(*args)
     mask = whole_unit.UnitMask(a.output_mask, len(a.weights))
     shapes = whole_unit.shapes_of_unit(a)
-    operator, combined = whole_unit.backward_operator(a.x, shapes, a.output_mask)
+    needs = mask.parameters()
+    operator, combined = whole_unit.backward_operator(
+        (*shapes.key("residual_units_backward", a.x), *needs), a.x, shapes, needs
+    )
     if operator is None:
         return _backward_by_primitives(a, mask)
-    dx, *rest, (dshortcut_weight,), (dshortcut_bias,) = operator(
+    found = operator(
         channels_last(a.dout), channels_last(a.x), a.raw, a.bns, a.weights, [a.shortcut_weight], a.training,
         a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
-        a.output_mask, combined,
+        needs, combined,
     )  # fmt: skip
-    dx = canonical(dx, suggests_channels_last(a.x)) if mask.x else dx
-    return dx, *rest, dshortcut_weight, dshortcut_bias
+    return _by_kind(a, mask, iter(found))
+
+
+def _by_kind(a: _Arguments, mask: whole_unit.UnitMask, found: Iterator[Tensor]):
+    """The operator's outputs out of the gradients that residual_units_backward found."""
+    dx = canonical(next(found), suggests_channels_last(a.x)) if mask.x else a.x.new_empty(0)
+    for _ in filter(None, mask.bns):
+        next(found)  # dgamma lies behind dbeta in one tensor
+    dbetas = [next(found) if needed else None for needed in mask.bns]
+    sums = [
+        empty_acc(a.x, 0) if d is None else d.as_strided((2, d.numel()), (d.numel(), 1)) for d in dbetas
+    ]
+    dweights, dbiases = (
+        [next(found) if needed else w.new_empty(0) for needed, w in zip(kind, a.weights, strict=True)]
+        for kind in (mask.weights, mask.biases)
+    )
+    shortcut = [
+        next(found) if needed else a.x.new_empty(0) for needed in (mask.shortcut_weight, mask.shortcut_bias)
+    ]
+    return dx, sums, dweights, dbiases, *shortcut
 
 
 def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):

@@ -1,5 +1,8 @@
 """Running statistics, updated outside the functional operators."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,6 +48,38 @@ def update(
         # The same without three trips through the dispatcher: deep nets have a thousand of these.
         primitives.update_running_stats(running_mean, running_var, stats, count, momentum)
         _count_changes([running_mean, running_var])
+
+
+class Changes(NamedTuple):
+    """What the operators of whole units are given to update running statistics and to count the batch."""
+
+    momenta: list[float]  # of all norms
+    batches_tracked: list[Tensor]
+    changed: list[Tensor]
+
+    def count(self) -> None:
+        """To be called when it is done."""
+        if self.changed:
+            _count_changes(self.changed)
+
+
+def changes_of(norms: Sequence[BatchNormArgs], device: torch.device) -> Changes | None:
+    """Those of norms whose inputs are on device; None where update_of_unit has to make them."""
+    momenta, batches, changed = [], [], []
+    for norm in norms:
+        momenta.append(norm.momentum)
+        if not norm.training:
+            continue
+        mean, tracked = norm.running_mean, norm.num_batches_tracked
+        if mean is not None:
+            if isinstance(norm.momentum, Tensor) or type(mean) is not Tensor:
+                return None
+            changed += mean, norm.running_var
+        if tracked is not None:
+            if type(tracked) is not Tensor or tracked.dtype is not torch.int64 or tracked.device != device:
+                return None
+            batches.append(tracked)
+    return Changes(momenta, batches, changed + batches)
 
 
 def update_of_unit(norms: list[tuple[BatchNormArgs, Tensor, int]]) -> None:

@@ -17,10 +17,10 @@ from resnet_fused.primitives.layout import acc_dtype, convolution_output_shape
 
 
 class UnitShapes(NamedTuple):
-    """What a choice of backends depends on, beside x: the operators' lists, over all units."""
+    """What a choice of backends depends on, beside x: of the operators' lists, over all units."""
 
-    weights: Sequence[Tensor]
-    shortcut_weights: Sequence[Tensor | None]  # one for each unit
+    weights: Sequence[torch.Size]
+    shortcut_weights: Sequence[torch.Size | None]  # one for each unit
     strides: Sequence[int]  # pairs, flattened
     paddings: Sequence[int]
     dilations: Sequence[int]
@@ -29,18 +29,16 @@ class UnitShapes(NamedTuple):
     lengths: Sequence[int]  # convolutions in each unit
 
     def key(self, direction: str, x: Tensor) -> tuple:
-        return (
-            direction, x.dtype, x.device, x.shape, *[w.shape for w in self.weights],
-            *[None if w is None else w.shape for w in self.shortcut_weights], *self.strides, *self.paddings,
-            *self.dilations, *self.groups, *self.shortcut_strides, *self.lengths,
-        )  # fmt: skip
+        """What conclusions are kept under."""
+        return (direction, x.dtype, x.device, x.shape, *map(tuple, self))
 
 
 def shapes_of_unit(a) -> UnitShapes:
     """Of one unit: of the arguments of residual_unit or of residual_unit_backward."""
     return UnitShapes(
-        a.weights, [a.shortcut_weight], a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride,
-        [len(a.weights)],
+        [weight.shape for weight in a.weights],
+        [None if a.shortcut_weight is None else a.shortcut_weight.shape],
+        a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
     )  # fmt: skip
 
 
@@ -62,7 +60,7 @@ class _Choices:
                 ]
                 weight = units.weights[i]
                 self.convolutions.append(
-                    dispatch.ConvGeometry(shape, tuple(weight.shape), *pairs, units.groups[i])
+                    dispatch.ConvGeometry(shape, tuple(weight), *pairs, units.groups[i])
                 )
                 shape = convolution_output_shape(shape, weight, *pairs)
             at += length
@@ -70,7 +68,7 @@ class _Choices:
             self.shortcuts.append(
                 None
                 if weight is None
-                else dispatch.ConvGeometry(first, tuple(weight.shape), stride, (0, 0), (1, 1), 1)
+                else dispatch.ConvGeometry(first, tuple(weight), stride, (0, 0), (1, 1), 1)
             )
 
     def small(self, *primitives: str) -> None:
@@ -111,7 +109,8 @@ class _Choices:
         return dispatch.own_operator(next(iter(self.backends)), name)
 
 
-def _allowed(operator: Callable | None, x: Tensor) -> bool:
+def is_allowed(operator: Callable | None, x: Tensor) -> bool:
+    """Whether there is one, and it may run now."""
     # The user can forbid TF32 at any time; a choice of backend is kept.
     return operator is not None and not (
         x.is_cuda and x.dtype is torch.float32 and not cuda_kernels.tf32_allowed()
@@ -126,6 +125,12 @@ def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) 
     """
     if dispatch.is_recorded() or torch.jit.is_tracing():  # which does not take lists of optional tensors
         return None
+    operator = kept_forward_operator(x, units, check)
+    return operator if is_allowed(operator, x) else None
+
+
+def kept_forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) -> Callable | None:
+    """:func:`forward_operator` until another backend is chosen, whatever may forbid it at times."""
     key = units.key("residual_units_forward", x)
     known = dispatch.kept(key)
     if known is None:
@@ -139,22 +144,43 @@ def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) 
                     choices.forward(geometry)
             operator = choices.operator("residual_units_forward")
         known = dispatch.keep(key, (operator,))
-    (operator,) = known
-    return operator if _allowed(operator, x) else None
+    return known[0]
+
+
+class UnitMask:
+    """residual_unit_backward's output_mask by name: x; the BatchNorms, weights and biases in order; the shortcut's
+    weight and bias."""
+
+    def __init__(self, mask: Sequence[bool], n: int):
+        self.x = mask[0]
+        self.bns, self.weights, self.biases = (mask[1 + i * n : 1 + (i + 1) * n] for i in range(3))
+        self.shortcut_weight, self.shortcut_bias = mask[3 * n + 1 :]
+
+    def below(self, i: int) -> bool:
+        """Whether anything that convolution i's input depends on needs a gradient."""
+        return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
+
+    def parameters(self) -> list[bool]:
+        """The output_mask of residual_units_backward, both parameters of every BatchNorm where one is needed."""
+        rest = (*self.weights, *self.biases, self.shortcut_weight, self.shortcut_bias)
+        return [self.x, *self.bns, *self.bns, *rest]
 
 
 class UnitsMask:
-    """output_mask by name: x; the BatchNorms, weights, biases in order; the shortcuts' weights; their biases."""
+    """residual_units_backward's output_mask: x; weights and biases of the BatchNorms, of the convolutions; of the
+    shortcuts, one for each unit."""
 
     def __init__(self, mask: Sequence[bool], lengths: Sequence[int]):
         n, count = sum(lengths), len(lengths)
         self._lengths = lengths
         self.x = mask[0]
-        self.bns, self.weights, self.biases = (mask[1 + i * n : 1 + (i + 1) * n] for i in range(3))
-        self.shortcut_weights, self.shortcut_biases = mask[3 * n + 1 : -count], mask[-count:]
+        gammas, betas, self.weights, self.biases = (mask[1 + i * n : 1 + (i + 1) * n] for i in range(4))
+        self.bns = [gamma or beta for gamma, beta in zip(gammas, betas, strict=True)]
+        self.shortcut_weights, self.shortcut_biases = mask[4 * n + 1 : -count], mask[-count:]
 
     def unit(self, u: int) -> list[bool]:
-        """The mask of one unit by itself: its x needs a gradient if anything does that it depends on."""
+        """That of residual_unit_backward, for one unit: its x needs a gradient if anything does that it depends
+        on."""
         start = sum(self._lengths[:u])
         own = slice(start, start + self._lengths[u])
         lists = (self.bns, self.weights, self.biases)
@@ -163,30 +189,22 @@ class UnitsMask:
         return [below, *(needed for m in lists for needed in m[own]), *(m[u] for m in shortcuts)]
 
 
-class UnitMask(UnitsMask):
-    """:class:`UnitsMask` of one unit."""
-
-    def __init__(self, mask: Sequence[bool], n: int):
-        super().__init__(mask, (n,))
-        self.shortcut_weight, self.shortcut_bias = mask[3 * n + 1 :]
-
-    def below(self, i: int) -> bool:
-        """Whether anything that convolution i's input depends on needs a gradient."""
-        return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
-
-
 def backward_operator(
-    x: Tensor, units: UnitShapes, output_mask: Sequence[bool]
+    key: tuple, x: Tensor, units: UnitShapes, output_mask: Sequence[bool]
 ) -> tuple[Callable | None, list[bool]]:
-    """The operator for the backward of units that x went through or None, and its argument ``combined``."""
-    if dispatch.is_recorded() or torch.jit.is_tracing():
+    """The operator for the backward of units that x went through or None, and its argument ``combined``.
+
+    Args:
+        key: what the answer is kept under; it begins with "residual_units_backward".
+        output_mask: the operator's.
+    """
+    if dispatch.is_recorded() or torch._C._is_tracing():
         return None, []
-    key = (*units.key("residual_units_backward", x), *output_mask)
     known = dispatch.kept(key)
     if known is None:
         known = dispatch.keep(key, _choose_backward(x, units, UnitsMask(output_mask, units.lengths)))
     operator, combined = known
-    return (operator if _allowed(operator, x) else None), combined
+    return (operator if is_allowed(operator, x) else None), combined
 
 
 def _choose_backward(x: Tensor, units: UnitShapes, mask: UnitsMask) -> tuple[Callable | None, list[bool]]:

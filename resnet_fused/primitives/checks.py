@@ -99,7 +99,7 @@ def convolution(x: Tensor, weight: Tensor, stride, padding, dilation, groups: in
         raise RuntimeError("negative padding is not supported")
     if min(dilation) < 1:
         raise RuntimeError("dilation should be greater than zero")
-    size = convolution_output_shape(x.shape, weight, stride, padding, dilation)
+    size = convolution_output_shape(x.shape, weight.shape, stride, padding, dilation)
     if min(size[2:]) < 1:
         padded = " x ".join(str(e + 2 * p) for e, p in zip(x.shape[2:], padding, strict=True))
         kernel = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))

@@ -78,10 +78,10 @@ def convolution_output_size(size: int, kernel: int, stride: int, padding: int, d
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def convolution_output_shape(shape, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
-    """The output's shape for an input of the given shape."""
+def convolution_output_shape(shape, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """The output's shape for an input and a weight of the given shapes."""
     n, _, h, w = shape
-    k, _, r, s = weight.shape
+    k, _, r, s = weight
     return (
         n,
         k,

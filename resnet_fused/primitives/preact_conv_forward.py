@@ -58,7 +58,7 @@ def _kernel(x, bn, weight, bias, residual, slope, stride, padding, dilation, gro
 
 
 def _fake(x, bn, weight, bias, residual, slope, stride, padding, dilation, groups, want_stats):
-    shape = convolution_output_shape(x.shape, weight, stride, padding, dilation)
+    shape = convolution_output_shape(x.shape, weight.shape, stride, padding, dilation)
     stats = torch.empty((2, shape[1]) if want_stats else (0,), dtype=acc_dtype(x.dtype), device=x.device)
     return empty(shape, x), stats
 

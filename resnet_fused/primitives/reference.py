@@ -129,7 +129,7 @@ def preact_conv_forward(
 ) -> tuple[Tensor, Tensor]:
     acc = acc_dtype(x.dtype)
     if x.numel() == 0:
-        y = empty(convolution_output_shape(x.shape, weight, stride, padding, dilation), x)
+        y = empty(convolution_output_shape(x.shape, weight.shape, stride, padding, dilation), x)
     else:
         y = torch.ops.aten.convolution(
             _activated(x, bn, slope),

@@ -66,10 +66,25 @@ void update_running_stats_op(const Tensor& running_mean, const Tensor& running_v
 }
 
 // update_running_stats of several BatchNorms, and one more batch for each counter; a launch for every kUnitNorms.
-void update_running_stats_of_unit_op(const std::vector<Tensor>& running_means,
-                                     const std::vector<Tensor>& running_vars, const std::vector<Tensor>& stats,
-                                     const std::vector<int64_t>& counts, const std::vector<double>& momenta,
-                                     const std::vector<Tensor>& batches_tracked) {
+Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
+  check_count(count);
+  const int64_t channels = check_columns(bn, "bn");
+  const Target target(bn);
+  const Tensor rows = check_matrix(bn, "bn", 4, channels);
+  const Tensor totals = check_matrix(sums, "sums", 2, channels);
+  const Tensor coefficients = empty_matrix(4, channels, bn);
+  if (channels == 0) return coefficients;
+  const FinalizeBackwardParams params{channels,         count,    float_data(totals),
+                                      float_data(rows), training, mutable_floats(coefficients)};
+  check(finalize_backward(params, target.stream()));
+  return coefficients;
+}
+
+}  // namespace
+
+void update_running_stats_of(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
+                             const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
+                             const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked) {
   const size_t n = running_means.size(), counters = batches_tracked.size();
   RF_CHECK(running_vars.size() == n && stats.size() == n && counts.size() == n && momenta.size() == n,
            "expected ", n, " running_vars, stats, counts and momenta, but got ", running_vars.size(), ", ",
@@ -101,22 +116,6 @@ void update_running_stats_of_unit_op(const std::vector<Tensor>& running_means,
   }
 }
 
-Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
-  check_count(count);
-  const int64_t channels = check_columns(bn, "bn");
-  const Target target(bn);
-  const Tensor rows = check_matrix(bn, "bn", 4, channels);
-  const Tensor totals = check_matrix(sums, "sums", 2, channels);
-  const Tensor coefficients = empty_matrix(4, channels, bn);
-  if (channels == 0) return coefficients;
-  const FinalizeBackwardParams params{channels,         count,    float_data(totals),
-                                      float_data(rows), training, mutable_floats(coefficients)};
-  check(finalize_backward(params, target.stream()));
-  return coefficients;
-}
-
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(RF_LIBRARY, m) {
   m.def(
       "finalize_forward(Tensor? stats, int count, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
@@ -133,7 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RF_LIBRARY, m) {
 STABLE_TORCH_LIBRARY_IMPL(RF_LIBRARY, RF_KEY, m) {
   m.impl("finalize_forward", TORCH_BOX(&finalize_forward_op));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats_op));
-  m.impl("update_running_stats_of_unit", TORCH_BOX(&update_running_stats_of_unit_op));
+  m.impl("update_running_stats_of_unit", TORCH_BOX(&update_running_stats_of));
   m.impl("finalize_backward", TORCH_BOX(&finalize_backward_op));
 }
 

@@ -32,6 +32,10 @@ FinalizeForwardParams finalize_forward_params(const std::optional<Tensor>& stats
                                               const std::optional<Tensor>& weight,
                                               const std::optional<Tensor>& bias, double eps, int64_t channels);
 
+void update_running_stats_of(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
+                             const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
+                             const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked);
+
 std::tuple<Tensor, Tensor> preact_conv_forward_of(const Tensor& x, const std::optional<Tensor>& bn,
                                                   const Tensor& weight, const std::optional<Tensor>& bias,
                                                   const std::optional<Tensor>& residual, double slope,

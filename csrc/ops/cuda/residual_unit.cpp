@@ -140,6 +140,12 @@ class CudaUnit {
     return dx;
   }
 
+  static void update_running_stats(const TensorList& means, const TensorList& vars, const TensorList& stats,
+                                   const IntList& counts, const std::vector<double>& momenta,
+                                   const TensorList& batches_tracked) {
+    update_running_stats_of(means, vars, stats, counts, momenta, batches_tracked);
+  }
+
   // The merges that no preact_apply has taken along.
   void finish_backward() {
     for (const WeightMerge& merge : merges_) check(merge_weight(merge, target_.stream()));
