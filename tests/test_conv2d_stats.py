@@ -65,6 +65,20 @@ def test_against_conv2d(case, dtype):
         assert_trusted(*values, name)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize(
+    "size", [(16, 16, 1, 1), (5, 16, 3, 3), (16, 3, 3, 3), (20, 3, 7, 7), (16, 3, 1, 1), (15, 3, 3, 3)]
+)
+def test_whose_weight_gradient(size, dilation):
+    """The kernel's, but for few channels in 1x1, with few outputs or dilated."""
+    x = torch.randn(2, size[1], 14, 14).contiguous(memory_format=CL)
+    weight = torch.randn(size).contiguous(memory_format=CL).requires_grad_()
+    y, _ = conv2d_stats(x, weight, dilation=dilation)
+    _, ran = primitives(lambda: y.sum().backward())
+    kernel = size[1] >= 16 or (size[0] >= 16 and size[2] > 1 and dilation == 1)
+    assert ran == ["preact_conv_wgrad"] * kernel
+
+
 @pytest.mark.parametrize("case", ["cifar", "bottleneck"])
 def test_under_autocast(case):
     x, weight, options = make(case, torch.float32)

@@ -1,13 +1,14 @@
-"""The ways in which the C++ kernels cut a convolution up that small shapes do not meet: weights that outnumber the pixels
-(the weight gradient as one matrix product, output channels in groups), both gradients of a 1x1 in one pass, and weights of
-every layout. Small integers have exact sums, so one wrong index shows."""
+"""The ways in which the C++ kernels cut a convolution up that small shapes do not meet: weights that outnumber the
+pixels (the weight gradient as one matrix product, output channels in groups), few input channels (the weight
+gradient with output channels as lanes), both gradients of a 1x1 in one pass, and weights of every layout. Small
+integers have exact sums, so one wrong index shows."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS, on_every_backend
+from conftest import BACKENDS, backend_in_force, on_every_backend
 from tolerances import assert_trusted
 
 from resnet_fused import primitives
@@ -44,6 +45,20 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(2, 96, 5, 4, 80, (3, 3), (1, 1), (2, 2), (2, 2)),
     Shape(1, 90, 4, 9, 85, (3, 3), (2, 1), (0, 3)),
     Shape(9, 330, 5, 7, 200),  # more pixels than one pass takes
+]
+FEW_CHANNELS = [  # odd and even widths, whole and partial vectors of output channels, one or several tiles of the window
+    Shape(2, 3, 9, 8, 16, (3, 3), (1, 1), (1, 1)),
+    Shape(1, 1, 7, 7, 5, (3, 3), (1, 1), (1, 1)),
+    Shape(3, 2, 6, 5, 33, (3, 3), (2, 2)),
+    Shape(2, 3, 21, 23, 20, (7, 7), (2, 2), (3, 3)),
+    Shape(1, 4, 9, 12, 32, (5, 5), (1, 1), (2, 2)),
+    Shape(1, 4, 5, 5, 8, (3, 3), (1, 1), (4, 5)),  # outputs that see padding only
+    Shape(2, 3, 9, 9, 17, (3, 3), (1, 2), (1, 0), (2, 1)),
+    Shape(2, 3, 6, 38, 16, (2, 19), (1, 1), (1, 9)),  # a kernel row of several tiles
+    Shape(2, 15, 7, 7, 48, (3, 3), (2, 2), (1, 1)),
+    Shape(1, 3, 4, 4, 16, (1, 1), (2, 2)),
+    Shape(9, 3, 3, 3, 16, (3, 3), (1, 1), (1, 1)),  # several images to a unit of work
+    Shape(2, 3, 40, 40, 16, (3, 3), (1, 1), (1, 1)),  # several bands of an image
 ]
 POINTWISE = [
     Shape(1, 1, 1, 1, 1),
@@ -105,11 +120,64 @@ def test_integers_of_few_pixels_are_exact(shape, dtype):
     on_every_backend(check)
 
 
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("normalised", [False, True], ids=["", "bn"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_CHANNELS, ids=name_of)
+def test_integers_of_few_channels_are_exact(shape, dtype, normalised, masters):
+    x, weight, dy = tensors(shape, dtype, lambda *size: torch.randint(-1, 2, size) * (torch.rand(size) < 0.3))
+    weight = weight.to(acc(dtype)) if masters else weight
+    bn, a = None, x.double()
+    if normalised:  # act(x + 1): what is outside the image is 0, not 1
+        bn = torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=acc(dtype)).view(4, 1).expand(4, shape.c).contiguous()
+        a = (a + 1).clamp_min(0)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy.double(), a, weight.double(), None, *shape.geometry[:3], False, [0, 0], 1, [False, True, False]
+    )
+    db = dy.double().sum((0, 2, 3))
+    layouts = [weight, weight.contiguous(memory_format=CL)]
+    layouts.append(weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))  # output channels next to each other
+    assert dw.any() and max(dw.abs().max(), db.abs().max()) <= 256
+
+    def check(backend):
+        for like in layouts:
+            out, dbias = primitives.preact_conv_wgrad(dy, x, bn, like, 0.0, *shape.geometry, True)
+            assert torch.equal(out.double(), dw) and torch.equal(dbias.double(), db)
+            assert out.dtype == like.dtype
+        out, _ = primitives.preact_conv_wgrad(dy, x, bn, weight, 0.0, *shape.geometry, False)
+        assert torch.equal(out.double(), dw)
+
+    on_every_backend(check)
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_CHANNELS[:4], ids=name_of)
+def test_what_is_not_finite_in_few_channels(shape, dtype):
+    """NaN and inf, in the image's corners and at an odd row's end too, where PyTorch's own convolution has them; that
+    is the one of float64, which multiplies padding as zeros."""
+    for spoiled, value in (("x", torch.nan), ("x", torch.inf), ("dy", torch.nan), ("dy", -torch.inf)):
+        for at in (0, -1):
+            x, weight, dy = tensors(shape, dtype, lambda *size: torch.rand(size) + 0.5)
+            (x if spoiled == "x" else dy)[0, 0, at, at] = value
+            expected = reference.preact_conv_wgrad(
+                dy.double(), x.double(), None, weight.double(), 0.0, *shape.geometry, True
+            )
+            unread = spoiled == "x" and at == -1 and shape.padding == (0, 0)
+            assert unread or not expected[0].isfinite().all()
+
+            for backend in CPU:
+                with backend_in_force(backend):
+                    results = primitives.preact_conv_wgrad(dy, x, None, weight, 0.0, *shape.geometry, True)
+                for got, want in zip(results, expected, strict=True):
+                    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), backend
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_CHANNELS, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
-def test_accuracy_of_few_pixels(backend, shape, dtype):
+def test_accuracy_of_weight_gradients(backend, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
     bn = bn_rows(shape.c, dtype)
     args = (dy, x, bn, weight, 0.1, *shape.geometry, True)
@@ -124,7 +192,7 @@ def test_accuracy_of_few_pixels(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS[:4], ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_CHANNELS, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
@@ -136,7 +204,7 @@ def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
             *primitives.preact_conv_dgrad(dy, weight, x, bn, None, 0.0, *shape.geometry),
             *primitives.preact_conv_wgrad(dy, x, bn, weight, 0.0, *shape.geometry, True),
         ]
-        if shape.kernel == (1, 1):
+        if shape.kernel == shape.stride == (1, 1):
             results += primitives.preact_conv_backward_1x1(dy, weight, x, bn, None, 0.0, True)
         return results
 

@@ -17,14 +17,22 @@ from resnet_fused.primitives.registration import is_ordinary
 from . import autocast
 from .arguments import pair
 
-#: Fewer input channels leave most lanes of the weight gradient's kernel idle: the library's took 0.2-0.4 of
-#: its time with 3.
-_LEAST_CHANNELS = 16
+#: With fewer input channels the weight gradient's kernel has output channels as lanes: with 1-12 input and at
+#: least 16 output channels, 3x3 and 7x7, it took 0.05-1.05 of the library's time at AVX-512's levels (0.91-0.58
+#: in stems of 3), and likewise at the lower ones with the library held to their instructions (but 1.16 in a 7x7
+#: in float32 on SSE2). Fewer outputs took up to 1.5 of it, 1x1 2.0: they leave lanes idle and are the library's.
+_MANY_CHANNELS = 16
+
+
+def _fills_lanes(weight: Tensor, dilation: tuple[int, int]) -> bool:
+    """Whether this package's weight gradient is the faster one."""
+    k, c, r, s = weight.shape
+    return c >= _MANY_CHANNELS or (k >= _MANY_CHANNELS and r * s > 1 and (s == 1 or dilation[1] == 1))
 
 
 class _Conv2dStats(Function):
     """By the kernel that has the statistics in its epilogue; both gradients are the framework's, but for the
-    weight's of many channels."""
+    weight's where it fills a kernel's lanes."""
 
     @staticmethod
     def forward(ctx, x, weight, *geometry):
@@ -41,7 +49,7 @@ class _Conv2dStats(Function):
         dx = dweight = None
         if dy is not None:
             x, weight = ctx.saved_tensors
-            if need_weight and weight.shape[1] >= _LEAST_CHANNELS and not torch.is_grad_enabled():
+            if need_weight and _fills_lanes(weight, ctx.geometry[2]) and not torch.is_grad_enabled():
                 rest = (None, weight, 0.0, *ctx.geometry, False)
                 dweight, _ = preact_conv_wgrad(channels_last(dy), channels_last(x), *rest)
                 need_weight = False

@@ -8,11 +8,6 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 
 #if RF_LEVEL >= 3
-// A unit is a pair of neighbouring pixels of one channel.
-struct ModePixelPair : ModeBf16Pair {};
-#endif
-
-#if RF_LEVEL >= 3
 // The lanes of both, rounded, as pairs: lane i of `low` below lane i of `high`.
 RF_INLINE vuint32 pair_lanes(vfloat low, vfloat high) {
   constexpr int L = kLanes<float>;

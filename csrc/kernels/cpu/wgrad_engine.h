@@ -11,6 +11,14 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
+// How sums over pixels form their products.
+template <typename T> struct PixelModeOf { typedef typename ModeOf<T>::type type; };
+#if RF_LEVEL >= 3
+// A unit is a pair of neighbouring pixels of one channel.
+struct ModePixelPair : ModeBf16Pair {};
+template <> struct PixelModeOf<bf16> { typedef ModePixelPair type; };
+#endif
+
 constexpr int kTileVectors = 3;
 constexpr int tile_outputs(int vectors) {
   return RF_VECTOR_REGISTERS == 32 ? (vectors == 3 ? 9 : 14) : (vectors == 3 ? 4 : 6);
@@ -108,10 +116,24 @@ struct WgradPlan {
   int64_t blocks, slots;     // channel blocks; slot = tap * blocks + block
 };
 
+constexpr int64_t kMostParts = 64;
+
+// The number of parts with a partial result of so many values each. A part's result is written once and read once: all of them
+// a quarter of what the parts read, if that leaves 16 of them.
+template <typename T>
+static int64_t wgrad_parts(const ConvGeometry& g, int64_t partial_values, int64_t units, int64_t limit = kMostParts) {
+  const int64_t partial_bytes = partial_values * int64_t(sizeof(Acc<T>));
+  const int64_t input_bytes = (g.n * g.h * g.w * g.c + g.n * g.p * g.q * g.k) * int64_t(sizeof(T));
+  int64_t most = min64(kMostParts, (int64_t(32) << 20) / partial_bytes);
+  most = max64(4, min64(limit, min64(most, max64(16, input_bytes / 4 / partial_bytes))));
+  int64_t parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
+  while (parts * 2 <= most) parts *= 2;
+  return min64(parts, units);
+}
+
 // winograd: the side of a tile of Winograd's, 0 for the direct algorithm.
 template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t winograd) {
   typedef Acc<T> A;
-  constexpr int64_t value_bytes = sizeof(T);
   WgradPlan plan = {};
   constexpr int64_t L = kLanes<A>;
   plan.pointwise = is_pointwise(g);
@@ -142,15 +164,8 @@ template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
     }
     plan.units = divide_up(g.n, plan.images) * plan.bands;
   }
-  // A part's result is written once and read once: all of them a quarter of what the parts read, if that leaves 16 of them.
-  const int64_t partial_bytes = plan.slots * L * g.k * int64_t(sizeof(A));
-  const int64_t input_bytes = (g.n * g.h * g.w * g.c + g.n * g.p * g.q * g.k) * value_bytes;
-  int64_t most = min64(64, (int64_t(32) << 20) / partial_bytes);
-  most = max64(4, min64(most, max64(16, input_bytes / 4 / partial_bytes)));
-  if (winograd) most = max64(4, min64(most, g.n * divide_up(g.p, winograd) * divide_up(g.q, winograd) / kPartTiles));
-  plan.parts = 4;  // a power of two, so that the parts come out even on any usual number of threads
-  while (plan.parts * 2 <= most) plan.parts *= 2;
-  plan.parts = min64(plan.parts, plan.units);
+  const int64_t most = winograd ? g.n * divide_up(g.p, winograd) * divide_up(g.q, winograd) / kPartTiles : kMostParts;
+  plan.parts = wgrad_parts<T>(g, plan.slots * L * g.k, plan.units, most);
   return plan;
 }
 
@@ -226,11 +241,11 @@ template <typename A> static void finish_bias(A* dbias, const A* partials, int64
   }
 }
 
-// The first `lanes` of a vector of input channels into dweight, rounded to its dtype.
+// The first `lanes` of a vector into dweight, `step` apart, rounded to its dtype: acc or T.
 template <typename T>
-RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t at, Vec<Acc<T>> value, int64_t lanes) {
-  if (layout.stride_c == 1 && lanes == kLanes<Acc<T>>) {
-    if (layout.is_acc)
+RF_INLINE void write_weight(void* dweight, bool is_acc, int64_t at, int64_t step, Vec<Acc<T>> value, int64_t lanes) {
+  if (step == 1 && lanes == kLanes<Acc<T>>) {
+    if (is_acc)
       store(static_cast<Acc<T>*>(dweight) + at, value);
     else
       store(static_cast<T*>(dweight) + at, value);
@@ -238,12 +253,18 @@ RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t a
   }
   Acc<T> lane_value[kLanes<Acc<T>>];
   store(lane_value, value);
-  for (int64_t lane = 0; lane < lanes; ++lane, at += layout.stride_c) {
-    if (layout.is_acc)
+  for (int64_t lane = 0; lane < lanes; ++lane, at += step) {
+    if (is_acc)
       static_cast<Acc<T>*>(dweight)[at] = lane_value[lane];
     else
       store1(static_cast<T*>(dweight) + at, lane_value[lane]);
   }
+}
+
+// A vector of input channels into dweight.
+template <typename T>
+RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t at, Vec<Acc<T>> value, int64_t lanes) {
+  write_weight<T>(dweight, layout.is_acc, at, layout.stride_c, value, lanes);
 }
 
 }  // namespace RF_VARIANT

@@ -164,13 +164,6 @@ template <typename M, typename T> struct WgradProduct {
   }
 };
 
-#if RF_LEVEL >= 3
-template <typename T> struct PixelModeOf { typedef typename ModeOf<T>::type type; };
-template <> struct PixelModeOf<bf16> { typedef ModePixelPair type; };
-#else
-template <typename T> struct PixelModeOf { typedef typename ModeOf<T>::type type; };
-#endif
-
 template <typename T> using WgradProductOf = WgradProduct<typename PixelModeOf<T>::type, T>;
 template <typename T> static bool product_fits(const PreactConvWgradParams& params) { return WgradProductOf<T>(params).fits(); }
 
