@@ -58,8 +58,8 @@ def test_memory_is_used_again():
 
 
 def test_blocks_that_get_huge_pages():
-    """Every block of 2 MB and more does, one at a time, once memory is reused more than it is mapped; nothing that is
-    in use loses its values."""
+    """Every block of 2 MB and more does, one at a time, once memory is reused more than it is mapped; nothing
+    that is in use loses its values."""
     inputs = [batch(megabytes, megabytes + 0.5) for megabytes in (2, 3, 5)]
     kept = [normalized(x) for x in inputs]
     for _ in range(100):

@@ -126,7 +126,8 @@ class TestSameAsOneByOne:
             check_same(one_by_one, x, units, x_stats=x_stats)
 
     @pytest.mark.parametrize(
-        "needed", ["x", "norm", "norm's bias", "weight", "shortcut", "all but the shortcut", "shortcut's bias"]
+        "needed",
+        ["x", "norm", "norm's bias", "weight", "shortcut", "all but the shortcut", "shortcut's bias"],
     )
     def test_which_gradients_of_a_projecting_unit(self, one_by_one, nodes, needed):
         units, x = [basic(8, 16, 2, bias=True)], batch(8)
@@ -140,7 +141,9 @@ class TestSameAsOneByOne:
             "weight": [units[0].convs[0].weight],
             "shortcut": [shortcut.weight, shortcut.bias],
             "shortcut's bias": [shortcut.bias],
-            "all but the shortcut": [t for t in everything if t is not shortcut.weight and t is not shortcut.bias],
+            "all but the shortcut": [
+                t for t in everything if t is not shortcut.weight and t is not shortcut.bias
+            ],
         }[needed]
         running = {id(t) for norm in units[0].norms for t in (norm.running_mean, norm.running_var)}
         for t in everything:
@@ -482,7 +485,9 @@ class TestStage:
         units[0] = units[0]._replace(norms=norms)
         before = norms[0].running_mean.clone()
         check_same(one_by_one, x, units)
-        versions = [t._version for t in (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)]
+        versions = [
+            t._version for t in (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)
+        ]
         residual_units(x, units)
         assert not torch.equal(norms[0].running_mean, before) and norms[0].num_batches_tracked.item() == 4
         changed = (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)

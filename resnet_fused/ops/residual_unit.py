@@ -394,6 +394,8 @@ def residual_unit(
                 used = stats[i] if i > 0 or x_stats is None or stats[0].numel() != 0 else x_stats
                 updates.append((norm, used, count_of(shape)))
             at = slice(2 * i, 2 * i + 2)
-            shape = convolution_output_shape(shape, conv.weight.shape, strides[at], paddings[at], dilations[at])
+            shape = convolution_output_shape(
+                shape, conv.weight.shape, strides[at], paddings[at], dilations[at]
+            )
         running_stats.update_of_unit(updates)
     return (out, out_stats) if return_stats else out

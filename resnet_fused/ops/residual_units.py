@@ -1,7 +1,8 @@
-"""residual_units: residual units in turn, as few autograd nodes as memory allows where one C++ backend runs them.
+"""residual_units: residual units in turn, in as few autograd nodes as memory allows.
 
 In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its
-kernels. Here they do it once for up to 16 units with identity shortcuts (half of those in turn at most).
+kernels. Where one C++ backend runs all of it, they do it once for up to 16 units with identity shortcuts
+(half of those in turn at most), and as little as possible for each of the others (unit_node.py).
 What comes out is what the units give by themselves, to the bit; wherever something has to see the units one
 by one (torch.compile, functorch, a dispatch that is recorded, a backend that runs only some of the
 primitives), they are called one by one.

@@ -14,9 +14,7 @@ from .arguments import BatchNormArgs
 
 def _is_traced(t: Tensor) -> bool:
     """Whether something looks on that has to see the operators."""
-    return (
-        torch.compiler.is_compiling() or type(t) is not Tensor or torch._C._len_torch_dispatch_stack() != 0
-    )
+    return torch.compiler.is_compiling() or type(t) is not Tensor or torch._C._len_torch_dispatch_stack() != 0
 
 
 def _count_changes(changed: list[Tensor]) -> None:

@@ -1,10 +1,10 @@
-"""Residual units that run in turn as one autograd node, and as one call into C++ each way, where one C++ backend
-runs every primitive of them.
+"""Residual units that run in turn as one autograd node, and as one call into C++ each way, where one C++
+backend runs every primitive of them.
 
-Between the kernels of two units lies what Python, autograd and the dispatcher do. In a net of small images it takes
-as long as the kernels, and with the caches full of activations three times as long as without. So what depends on
-sizes and options alone is concluded once (:class:`_Plan`), and every tensor that need not cross between Python and
-C++ does not.
+Between the kernels of two units lies what Python, autograd and the dispatcher do. In a net of small images it
+takes as long as the kernels, and with the caches full of activations three times as long as without. So what
+depends on sizes and options alone is concluded once (:class:`_Plan`), and every tensor that need not cross
+between Python and C++ does not.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,9 @@ class _Plan:
         for i, conv in enumerate(convs if self.operator else []):
             self.counts.append(count_of(shape))
             at = slice(2 * i, 2 * i + 2)
-            shape = convolution_output_shape(shape, conv.weight.shape, strides[at], paddings[at], dilations[at])
+            shape = convolution_output_shape(
+                shape, conv.weight.shape, strides[at], paddings[at], dilations[at]
+            )
 
     def with_parameters(self, parameters: Sequence[Tensor | None]) -> list[UnitArgs]:
         """The units with these, and without running statistics."""
@@ -138,7 +140,10 @@ def _plan(x: Tensor, x_stats: Tensor | None, units: Sequence[UnitArgs]) -> _Plan
             key += norm.training or norm.running_mean is None, norm.eps
         for conv in unit.convs:
             key += conv.weight.shape, conv[2:]
-        key += None if unit.shortcut is None else (unit.shortcut.weight.shape, unit.shortcut[2:]), unit.negative_slope
+        key += (
+            None if unit.shortcut is None else (unit.shortcut.weight.shape, unit.shortcut[2:]),
+            unit.negative_slope,
+        )
     key = tuple(key)
     return dispatch.kept(key) or dispatch.keep(key, _Plan(x, x_stats, units))
 
@@ -209,7 +214,9 @@ def run_in_one_node(
         return None
     norms = [norm for unit in units for norm in unit.norms]
     means = [norm.running_mean for norm in norms]
-    if len(units) > 1 and len({id(mean) for mean in means if mean is not None}) != len(means) - means.count(None):
+    if len(units) > 1 and len({id(mean) for mean in means if mean is not None}) != len(means) - means.count(
+        None
+    ):
         return None  # a unit that occurs twice updates its running statistics twice, in order
     parameters = _parameters(units)
     differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *parameters)
@@ -280,8 +287,8 @@ class _ResidualUnits(Function):
         with torch._C._AutoDispatchBelowAutograd():
             found = iter(
                 operator(
-                    channels_last(dout), x, raw, bns, weights, shortcut_weights, *plan.backward_options, needs,
-                    combined,
+                    channels_last(dout), x, raw, bns, weights, shortcut_weights, *plan.backward_options,
+                    needs, combined,
                 )
             )  # fmt: skip
         gradients = [next(found) if needed else None for needed in needs]
@@ -289,7 +296,9 @@ class _ResidualUnits(Function):
 
 
 def _in_dtypes_of(gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, of, strict=True)]
+    return [
+        g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, of, strict=True)
+    ]
 
 
 def _gradients_by_primitives(

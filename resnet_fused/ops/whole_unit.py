@@ -59,9 +59,7 @@ class _Choices:
                     for values in (units.strides, units.paddings, units.dilations)
                 ]
                 weight = units.weights[i]
-                self.convolutions.append(
-                    dispatch.ConvGeometry(shape, tuple(weight), *pairs, units.groups[i])
-                )
+                self.convolutions.append(dispatch.ConvGeometry(shape, tuple(weight), *pairs, units.groups[i]))
                 shape = convolution_output_shape(shape, weight, *pairs)
             at += length
             weight, stride = units.shortcut_weights[u], tuple(units.shortcut_strides[2 * u : 2 * u + 2])
@@ -148,8 +146,8 @@ def kept_forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], obje
 
 
 class UnitMask:
-    """residual_unit_backward's output_mask by name: x; the BatchNorms, weights and biases in order; the shortcut's
-    weight and bias."""
+    """residual_unit_backward's output_mask by name: x; the BatchNorms, weights and biases in order; the
+    shortcut's weight and bias."""
 
     def __init__(self, mask: Sequence[bool], n: int):
         self.x = mask[0]
@@ -161,14 +159,14 @@ class UnitMask:
         return self.x or any(self.bns[: i + 1]) or any(self.weights[:i]) or any(self.biases[:i])
 
     def parameters(self) -> list[bool]:
-        """The output_mask of residual_units_backward, both parameters of every BatchNorm where one is needed."""
+        """residual_units_backward's output_mask: both parameters of every BatchNorm where one is needed."""
         rest = (*self.weights, *self.biases, self.shortcut_weight, self.shortcut_bias)
         return [self.x, *self.bns, *self.bns, *rest]
 
 
 class UnitsMask:
-    """residual_units_backward's output_mask: x; weights and biases of the BatchNorms, of the convolutions; of the
-    shortcuts, one for each unit."""
+    """residual_units_backward's output_mask: x; weights and biases of the BatchNorms, of the convolutions; of
+    the shortcuts, one for each unit."""
 
     def __init__(self, mask: Sequence[bool], lengths: Sequence[int]):
         n, count = sum(lengths), len(lengths)
@@ -179,8 +177,8 @@ class UnitsMask:
         self.shortcut_weights, self.shortcut_biases = mask[4 * n + 1 : -count], mask[-count:]
 
     def unit(self, u: int) -> list[bool]:
-        """That of residual_unit_backward, for one unit: its x needs a gradient if anything does that it depends
-        on."""
+        """That of residual_unit_backward, for one unit: its x needs a gradient if anything does that it
+        depends on."""
         start = sum(self._lengths[:u])
         own = slice(start, start + self._lengths[u])
         lists = (self.bns, self.weights, self.biases)
