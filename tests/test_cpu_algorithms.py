@@ -66,6 +66,15 @@ POINTWISE = [
     Shape(2, 65, 9, 7, 33),
     Shape(4, 64, 33, 32, 16),
     Shape(1, 257, 3, 5, 260),
+    Shape(1, 64, 21, 21, 16),  # a run and an odd rest, of whole groups of 32 channels
+    Shape(1, 16, 23, 19, 64),  # and of 16 channels, two pixels to a vector
+    Shape(1, 96, 1, 13, 34),
+    Shape(1, 32, 1, 7, 4),
+    Shape(1, 32, 1, 1, 2),
+    Shape(1, 16, 1, 3, 6),
+    Shape(1, 16, 1, 1, 2),
+    Shape(2, 64, 5, 5, 17),  # an odd number of outputs: no pairs
+    Shape(1, 32, 5, 5, 514),  # gradients of neighbouring pixels far apart
 ]
 
 
@@ -192,7 +201,7 @@ def test_accuracy_of_weight_gradients(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_CHANNELS, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
@@ -218,10 +227,11 @@ def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
 
 @pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
 @pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", POINTWISE, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
-def test_both_gradients_of_1x1(backend, shape, dtype, joined, masters):
+def test_both_gradients_of_1x1(backend, shape, dtype, slope, joined, masters):
     """What dgrad and wgrad give, bit for bit; the sums, added up in another order, to rounding."""
     x, weight, dy = tensors(shape, dtype, torch.randn)
     weight = weight.to(acc(dtype)) if masters else weight
@@ -230,9 +240,9 @@ def test_both_gradients_of_1x1(backend, shape, dtype, joined, masters):
         "preact_conv_backward_1x1", "cpu", dtype,
         dispatch.ConvGeometry(tuple(x.shape), tuple(weight.shape), *shape.geometry),
     ).backend == "cpu"  # fmt: skip
-    dz, sums, dweight, dbias = primitives.preact_conv_backward_1x1(dy, weight, x, bn, dz_in, 0.1, True)
-    apart_dz, apart_sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, 0.1, *shape.geometry)
-    apart_dweight, apart_dbias = primitives.preact_conv_wgrad(dy, x, bn, weight, 0.1, *shape.geometry, True)
+    dz, sums, dweight, dbias = primitives.preact_conv_backward_1x1(dy, weight, x, bn, dz_in, slope, True)
+    apart_dz, apart_sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, *shape.geometry)
+    apart_dweight, apart_dbias = primitives.preact_conv_wgrad(dy, x, bn, weight, slope, *shape.geometry, True)
     assert torch.equal(dz, apart_dz)
     assert torch.equal(dweight, apart_dweight) and dweight.dtype == weight.dtype
     assert torch.equal(dbias, apart_dbias) and dbias.dtype == weight.dtype
@@ -240,6 +250,26 @@ def test_both_gradients_of_1x1(backend, shape, dtype, joined, masters):
     both = torch.stack((oracle[0].sum((0, 2, 3)), (oracle[0] * oracle[1]).sum((0, 2, 3))))
     terms = torch.stack((oracle[0].abs().sum((0, 2, 3)), (oracle[0] * oracle[1]).abs().sum((0, 2, 3))))
     assert_trusted(sums, apart_sums, both, "sums", terms)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("c, k", [(16, 64), (64, 16)])
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_both_gradients_of_1x1_keep_what_is_not_finite(backend, c, k, dtype, slope, joined):
+    """Infinities and NaNs reach the same elements as in dgrad and wgrad, and the mask is that of max(z, 0)."""
+    x, weight, dy = tensors(Shape(1, c, 5, 5, k), dtype, torch.randn)
+    x[0, 1, 2, 2], x[0, 3, 1, 0], x[0, 5, 4, 4] = torch.nan, torch.inf, -torch.inf
+    dy[0, 2, 0, 3] = torch.inf
+    bn, dz_in = bn_rows(c, dtype), torch.randn_like(x) if joined else None
+    dz, sums, dweight, dbias = primitives.preact_conv_backward_1x1(dy, weight, x, bn, dz_in, slope, True)
+    apart_dz, apart_sums = primitives.preact_conv_dgrad(dy, weight, x, bn, dz_in, slope, (1, 1), (0, 0), (1, 1), 1)
+    apart = primitives.preact_conv_wgrad(dy, x, bn, weight, slope, (1, 1), (0, 0), (1, 1), 1, True)
+    assert not apart_dz.isfinite().all() and not apart[0].isfinite().all()
+    for result, expected in zip((dz, dweight, dbias), (apart_dz, *apart), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(sums.isnan(), apart_sums.isnan())
 
 
 def test_both_gradients_of_1x1_where_there_is_no_kernel():

@@ -12,7 +12,7 @@ template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params
     if (winograd_wgrad_fits<T>(params.g) && winograd_wgrad<T>(params)) return;
   if (few_channels_fits<T>(params.g)) return FewChannelsWgrad<T>(params).run();
   if (product_fits<T>(params)) return WgradProductOf<T>(params).run();
-  direct_wgrad<T>(params, plan_wgrad<T>(params.g, 0), [](int64_t, int64_t) {});
+  direct_wgrad<T>(params, plan_wgrad<T>(params.g, 0), [](int64_t, int64_t, RunPairs) { return false; });
 }
 
 template void preact_conv_wgrad<float>(const PreactConvWgradParams&);

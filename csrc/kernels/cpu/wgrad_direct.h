@@ -140,6 +140,12 @@ static void pair_pixels(uint32_t* out, int64_t step, const bf16* dy, int64_t row
 // apart, they push each other out of the L1 cache.
 static int64_t gradient_step(int64_t k) { return k >= 128 && k % 128 == 0 ? k + 16 : k; }
 
+// Where the activations of a run of pixels go as pairs of neighbours, [channel block][pair][channel]; null: not as pairs.
+struct RunPairs {
+  uint32_t* at;
+  int64_t block_stride;
+};
+
 // Everything after the choice of mode. T: storage; M: how products are formed.
 template <typename M, typename T> struct Wgrad {
   typedef typename M::Unit Unit;
@@ -154,9 +160,24 @@ template <typename M, typename T> struct Wgrad {
 
   int64_t max_pairs(const BandLayout& b) const { return b.plane / 2 + 1; }
 
+  int64_t pairs_stride(const BandLayout& b) const { return b.rows * b.col_stride * max_pairs(b) * L; }
+
+  // The calling thread's pairs: activations of some images, once or, with those at odd offsets, twice; gradients.
+  uint32_t* pair_scratch(const BandLayout& b, int64_t images, int64_t copies, int64_t dy_rows, int64_t out_cols) const {
+    const int64_t units = copies * images * b.blocks * pairs_stride(b) + dy_rows * divide_up(out_cols, 2) * gradient_step(g.k);
+    return static_cast<uint32_t*>(thread_scratch(kScratchTile, size_t(units) * sizeof(uint32_t)));
+  }
+  // Where add_unit has a run's activations.
+  RunPairs run_pairs(int64_t unit) const {
+    if (!kPairs || !plan.pointwise) return {};
+    const int64_t pixels = wgrad_unit<T>(params, plan, unit).out_cols;
+    const BandLayout layout = make_band<FillMode>(g.c, 1, pixels, 1);
+    return {pair_scratch(layout, 1, 1, 1, pixels), pairs_stride(layout)};
+  }
+
   // One band of rows or run of pixels, added to `partial` [slot group][k][vectors], which is fresh if nothing has
-  // been added yet, and, if wanted, to dbias.
-  void add_unit(int64_t unit, A* partial, bool fresh, A* dbias) const {
+  // been added yet, and, if wanted, to dbias. filled: run_pairs(unit) holds the activations.
+  void add_unit(int64_t unit, A* partial, bool fresh, A* dbias, bool filled) const {
     const WgradUnit<T> u = wgrad_unit<T>(params, plan, unit);
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
     const BandSteps steps = band_steps(g);
@@ -179,14 +200,12 @@ template <typename M, typename T> struct Wgrad {
       const int64_t pairs = max_pairs(layout);
       line = layout.col_stride * pairs * L;
       plane = pairs * L;
-      block_stride = layout.rows * line;
+      block_stride = pairs_stride(layout);
       copy_stride = images * layout.blocks * block_stride;
       tile.a_image = layout.blocks * block_stride;
-      const int64_t dy_units = dy_rows * divide_up(out_cols, 2) * dy_step;
       const bool odd = has_odd_offset();
-      uint32_t* const paired = static_cast<uint32_t*>(
-          thread_scratch(kScratchTile, size_t(copy_stride * (odd ? 2 : 1) + dy_units) * sizeof(uint32_t)));
-      for (int64_t i = 0; i < images; ++i) {
+      uint32_t* const paired = pair_scratch(layout, images, odd ? 2 : 1, dy_rows, out_cols);
+      for (int64_t i = 0; i < images && !filled; ++i) {
         uint32_t* const even = paired + i * tile.a_image;
         if (plan.pointwise)
           fill_run_pairs(even, block_stride, u.image, out_cols, g.c, prologue);
@@ -283,7 +302,8 @@ template <typename M, typename T> struct Wgrad {
     return false;
   }
 
-  // beside(part, unit): called before every unit, by the thread that takes it.
+  // beside(part, unit, RunPairs): called before every unit, by the thread that takes it; returns whether it has put the
+  // unit's activations where it was told.
   template <typename Beside> void run(const Beside& beside) const {
     const int64_t partial_size = plan.slots * L * g.k, stride = partial_size + g.k;
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
@@ -293,8 +313,8 @@ template <typename M, typename T> struct Wgrad {
       // Neighbours differ by at most one, evenly spread.
       const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
       for (int64_t unit = first; unit < end; ++unit) {
-        beside(part, unit);
-        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr);
+        const bool filled = beside(part, unit, run_pairs(unit));
+        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr, filled);
       }
     });
 
