@@ -372,6 +372,22 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
 
+    @pytest.mark.parametrize("case", ["one, projects", "mixed"])
+    @pytest.mark.parametrize("as_node", [True, False])
+    def test_saved_tensors_come_back_in_another_layout(self, one_by_one, as_node, case):
+        """As from a hook that packs them."""
+        one_by_one(not as_node)
+        units = ROWS[case](torch.float32)
+        x = batch(units[0].convs[0].weight.shape[1])
+        expected = results(x, units)
+        contiguous = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+        )
+        with contiguous:
+            found = results(x, units)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
     def test_running_statistics_may_change_before_backward(self):
         units, x = [basic(), basic()], batch()
         first, second = residual_units(x, units), residual_units(x, units)

@@ -89,8 +89,9 @@ def _backward(*args):
     )
     if operator is None:
         return _backward_by_primitives(a, mask)
+    raw = [channels_last(t) for t in a.raw]  # hooks for saved tensors may have changed their layout
     found = operator(
-        channels_last(a.dout), channels_last(a.x), a.raw, a.bns, a.weights, [a.shortcut_weight], a.training,
+        channels_last(a.dout), channels_last(a.x), raw, a.bns, a.weights, [a.shortcut_weight], a.training,
         a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
         needs, combined,
     )  # fmt: skip
@@ -130,7 +131,8 @@ def _backward_by_primitives(a: _Arguments, mask: whole_unit.UnitMask):
     sums, dweights, dbiases = [None] * n, [None] * n, [None] * n
     dy = dout
     for i in reversed(range(n)):
-        h, bn, weight, at = x if i == 0 else a.raw[i - 1], a.bns[i], a.weights[i], geometry.convolutions[i]
+        h = x if i == 0 else channels_last(a.raw[i - 1])
+        bn, weight, at = a.bns[i], a.weights[i], geometry.convolutions[i]
         sums[i] = empty_acc(x, 0)
         below = mask.below(i)
         dz, dweights[i], dbiases[i] = None, weight.new_empty(0), weight.new_empty(0)

@@ -214,10 +214,10 @@ def run_in_one_node(
         return None
     norms = [norm for unit in units for norm in unit.norms]
     means = [norm.running_mean for norm in norms]
-    if len(units) > 1 and len({id(mean) for mean in means if mean is not None}) != len(means) - means.count(
-        None
-    ):
-        return None  # a unit that occurs twice updates its running statistics twice, in order
+    if len(units) > 1:
+        tracked = [id(mean) for mean in means if mean is not None]
+        if len(set(tracked)) != len(tracked):
+            return None  # a unit that occurs twice updates its running statistics twice, in order
     parameters = _parameters(units)
     differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *parameters)
     # A second derivative runs the forward again, and running statistics may have changed by then.
@@ -277,7 +277,9 @@ class _ResidualUnits(Function):
         parameters = saved[2 * n - 1 :]
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable_gradients(plan, dout, x, parameters, needs)
-        raw, bns = saved[: n - 1], saved[n - 1 : 2 * n - 1]
+        # The user's hooks for saved tensors may have given them another layout.
+        x, *raw = [channels_last(t) for t in (x, *saved[: n - 1])]
+        bns = saved[n - 1 : 2 * n - 1]
         operator, combined = whole_unit.backward_operator(
             ("residual_units_backward", plan, *needs), x, plan.shapes, needs
         )
