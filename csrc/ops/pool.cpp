@@ -62,8 +62,7 @@ void* map_block(size_t bytes) {
 // training's first step.
 void use_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  madvise(block, bytes, MADV_DONTNEED);
-  madvise(block, bytes, MADV_HUGEPAGE);
+  if (madvise(block, bytes, MADV_HUGEPAGE) == 0) madvise(block, bytes, MADV_DONTNEED);
 #endif
 }
 
