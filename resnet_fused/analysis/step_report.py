@@ -189,8 +189,9 @@ def write_json(path: Path, cells: Iterable[Cell], environment: dict) -> None:
                          "speedup": cell.speedup(row), "overhead": cell.overhead(row),
                          "memory_bytes": None if row.memory is None else asdict(row.memory),
                          "first_step_s": row.first_step, "failure": row.failure})
-        found.append({**_description(cell), "rounds": cell.rounds, "sample": _SAMPLE, "accuracy": asdict(cell.accuracy),
-                      "contenders": rows, "convolutions": cell.convolutions})
+        found.append({**_description(cell), "rounds": cell.rounds, "sample": _SAMPLE,
+                      "accuracy": asdict(cell.accuracy), "contenders": rows,
+                      "convolutions": cell.convolutions})
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps({"environment": environment, "cells": found}, indent=1) + "\n")
     temporary.replace(path)

@@ -121,7 +121,7 @@ def forward_operator(x: Tensor, units: UnitShapes, check: Callable[[], object]) 
     Args:
         check: raises where the arguments do not fit; called where the answer is not known yet.
     """
-    if dispatch.is_recorded() or torch.jit.is_tracing():  # which does not take lists of optional tensors
+    if dispatch.is_recorded() or torch._C._is_tracing():  # which does not take lists of optional tensors
         return None
     operator = kept_forward_operator(x, units, check)
     return operator if is_allowed(operator, x) else None

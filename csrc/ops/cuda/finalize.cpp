@@ -65,7 +65,6 @@ void update_running_stats_op(const Tensor& running_mean, const Tensor& running_v
   check(update_running_stats(params, target.stream()));
 }
 
-// update_running_stats of several BatchNorms, and one more batch for each counter; a launch for every kUnitNorms.
 Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
   check_count(count);
   const int64_t channels = check_columns(bn, "bn");
@@ -82,6 +81,7 @@ Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count,
 
 }  // namespace
 
+// update_running_stats of several BatchNorms, and one more batch for each counter; a launch for every kUnitNorms.
 void update_running_stats_of(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
                              const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
                              const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked) {
