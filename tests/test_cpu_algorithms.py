@@ -45,6 +45,9 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(2, 96, 5, 4, 80, (3, 3), (1, 1), (2, 2), (2, 2)),
     Shape(1, 90, 4, 9, 85, (3, 3), (2, 1), (0, 3)),
     Shape(9, 330, 5, 7, 200),  # more pixels than one pass takes
+    Shape(1, 512, 2, 3, 520),  # a weight gradient written past the caches
+    Shape(5, 176, 3, 4, 336, (3, 3), (1, 1), (2, 2), (2, 2)),  # several images, whole and left over, to a task
+    Shape(3, 160, 5, 6, 352, (3, 3), (2, 2), (1, 1)),
 ]
 FEW_CHANNELS = [  # odd and even widths, whole and partial vectors of output channels, one or several tiles of the window
     Shape(2, 3, 9, 8, 16, (3, 3), (1, 1), (1, 1)),
@@ -201,7 +204,7 @@ def test_accuracy_of_weight_gradients(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_PIXELS[-2:] + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)

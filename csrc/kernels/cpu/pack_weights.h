@@ -43,6 +43,20 @@ RF_INLINE void transpose(__m512 (&v)[16]) {
 }
 #endif
 
+// A block of output channels is one or two vectors wide.
+template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
+
+// Rows of weights lie pages apart, where no prefetcher of the CPU follows. So what is read so many bytes, or rows, later is
+// asked for (into the L2 cache: rows a power of two apart share a set of the L1 cache).
+constexpr int64_t kPackAheadBytes = 512, kPackAheadRows = 16;
+RF_INLINE void prefetch_weights(const void* p) { __builtin_prefetch(p, 0, 2); }
+// How far ahead in a row of `channels`: behind its end follows, with one tap, the row of the next output, which is read as well;
+// then it is the row of the next block.
+template <typename S> RF_INLINE int64_t pack_ahead(int64_t channel, int64_t channels, int64_t out_stride) {
+  constexpr int64_t kAhead = kPackAheadBytes / int64_t(sizeof(S));
+  return channel + kAhead >= channels && out_stride == channels ? kAhead + (kOutBlock<float> - 1) * out_stride : kAhead;
+}
+
 // Whole vectors of outputs, where inputs or outputs are neighbours in memory, go from there to their place by way of registers:
 // by pack_vector, or in pairs of channels by pack_pairs.
 #if RF_LEVEL >= 2
@@ -52,15 +66,19 @@ RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t cha
   constexpr int64_t L = kLanes<float>;
   const auto value = [](vfloat v) __attribute__((always_inline)) { return sizeof(S) == sizeof(T) ? v : rounded<T>(v); };
   if (out_stride == 1) {
-    for (int64_t channel = 0; channel < channels; ++channel) store(out + channel * width, value(load(from + channel * in_stride)));
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      prefetch_weights(from + (channel + kPackAheadRows) * in_stride);
+      store(out + channel * width, value(load(from + channel * in_stride)));
+    }
     return;
   }
   for (int64_t channel = 0; channel < channels; channel += L) {
-    const int64_t valid = min64(L, channels - channel);
+    const int64_t valid = min64(L, channels - channel), ahead = pack_ahead<S>(channel, channels, out_stride);
     __m512 rows[L];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < L; ++lane) {
       const S* const line = from + lane * out_stride + channel;
+      prefetch_weights(line + ahead);
       rows[lane] = (__m512)value(valid == L ? load(line) : load_partial(line, int(valid)));
     }
     transpose(rows);
@@ -117,9 +135,6 @@ template <typename T> struct WeightBlock {
   }
 };
 
-// A block of output channels is one or two vectors wide.
-template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
-
 struct PackLayout {
   int64_t in_channels, out_channels;
   int64_t in_units;   // channel units, padded only to whole units
@@ -156,10 +171,12 @@ RF_INLINE vuint32 load_halves(const bf16* p, int64_t n) {
 // 32 outputs, [pair of input channels][even outputs, odd outputs] of `channels` input channels of one tap.
 template <typename S>
 RF_INLINE void pack_pairs(uint32_t* out, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
-  constexpr int64_t L = kLanes<float>, kWidth = kWordChannels;
+  constexpr int64_t L = kLanes<float>, kWidth = kWordChannels, kLineValues = 64 / int64_t(sizeof(S));
   if (out_stride == 1) {
     for (int64_t channel = 0; channel < channels; channel += 2, out += kWidth) {
       const S* const line = from + channel * in_stride;
+      for (int64_t i = 0; i < 2; ++i)
+        for (int64_t at = 0; at < kWidth; at += kLineValues) prefetch_weights(line + (kPackAheadRows + i) * in_stride + at);
       const vuint32 low = load_halves(line, kWidth), high = channel + 1 < channels ? load_halves(line + in_stride, kWidth) : vuint32{};
       const vuint32 even = (low & 0xffffu) | high << 16, odd = low >> 16 | (high & 0xffff0000u);
       memcpy(out, &even, sizeof even);
@@ -169,11 +186,15 @@ RF_INLINE void pack_pairs(uint32_t* out, const S* from, int64_t channels, int64_
   }
   for (int64_t channel = 0; channel < channels; channel += kWidth) {
     const int64_t valid = min64(kWidth, channels - channel), pairs = divide_up(valid, 2);
+    const int64_t ahead = pack_ahead<S>(channel, channels, out_stride);
     for (int64_t odd = 0; odd < 2; ++odd) {
       __m512 rows[L];
 #pragma GCC unroll 16
-      for (int64_t lane = 0; lane < L; ++lane)
-        rows[lane] = (__m512)load_halves(from + (2 * lane + odd) * out_stride + channel, valid);
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const S* const line = from + (2 * lane + odd) * out_stride + channel;
+        for (int64_t at = 0; at < kWidth; at += kLineValues) prefetch_weights(line + ahead + at);
+        rows[lane] = (__m512)load_halves(line, valid);
+      }
       transpose(rows);
       uint32_t* const to = out + channel / 2 * kWidth + odd * L;
       if (pairs == L) {

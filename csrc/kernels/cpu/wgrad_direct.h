@@ -112,6 +112,34 @@ static void fill_run_pairs(uint32_t* out, int64_t block_stride, const bf16* x, i
   }
 }
 
+// The same 32 channels, or the `valid` that there are, of pairs of pixels that lie anywhere; a null one is 0.
+static void pair_words(uint32_t* out, int64_t block_stride, const bf16* const* at, int64_t pairs, int64_t channel, int64_t valid,
+                       const Prologue<float>& prologue) {
+  constexpr int64_t L = kLanes<float>;
+  const __mmask32 mask = first_halves(valid);
+  const auto run = [&](const HalfOrder& low, const HalfOrder& high, const auto& halves) __attribute__((always_inline)) {
+    const __m512i low_order = low.vector(), high_order = high.vector();
+    const auto pixel = [&](const bf16* x) __attribute__((always_inline)) {
+      return x ? halves((vuint32)_mm512_maskz_loadu_epi16(mask, x + channel)) : vuint32{};
+    };
+    for (int64_t j = 0; j < pairs; ++j) {
+      const vuint32 first = pixel(at[2 * j]), second = pixel(at[2 * j + 1]);
+      const vuint32 low_pairs = permute(first, second, low_order);
+      memcpy(out + j * L, &low_pairs, sizeof low_pairs);
+      if (valid > L) {
+        const vuint32 high_pairs = permute(first, second, high_order);
+        memcpy(out + block_stride + j * L, &high_pairs, sizeof high_pairs);
+      }
+    }
+  };
+  if (prologue.scale)
+    with_word_prologue(prologue, channel, valid, false, [&](const auto& words) __attribute__((always_inline)) {
+      run(kPairLowPacked, kPairHighPacked, [&](vuint32 w) __attribute__((always_inline)) { return words.halves(w); });
+    });
+  else
+    run(kPairLow, kPairHigh, [](vuint32 w) { return w; });
+}
+
 // dy rows [cols][k] -> [pairs][k] of neighbouring pixels, `step` apart; a missing last pixel is 0.
 static void pair_pixels(uint32_t* out, int64_t step, const bf16* dy, int64_t rows, int64_t cols, int64_t k) {
   const int64_t pairs = divide_up(cols, 2);

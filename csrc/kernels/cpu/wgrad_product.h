@@ -8,9 +8,13 @@
 namespace resnet_fused {
 namespace RF_VARIANT {
 
-constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on
+constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on,
+constexpr int64_t kProductWeightsPerPixel = 32;       // more than so many to a pixel
+constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
 constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
-constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once
+constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once: a run
+constexpr int64_t kReadUnits = 8;                     // of these the operands are read beside each other,
+constexpr int64_t kReadBlocks = 16;                   // so many vectors of channels to a task
 constexpr int64_t kRangeBytes = int64_t(512) << 10;   // of the gradients that stay in a core's cache from task to task
 constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most: its sums fill an L1 cache
 
@@ -29,12 +33,19 @@ template <typename M, typename T> struct WgradProduct {
       : params(params), g(params.g), pixels(g.n * g.p * g.q), units(divide_up(pixels, kUnitPixels)),
         blocks(divide_up(g.c, L)), slots(blocks * g.r * g.s), groups(divide_up(g.k, int64_t(tile_outputs(kVectors)))) {}
 
-  int64_t activation_units() const { return slots * units * L; }
-  int64_t all_units() const { return activation_units() + units * g.k; }
-
   // As measured on 2 cores of Zen 4, 16-65536 pixels, 1 K to 4 M weights.
   bool fits() const {
-    return g.k * g.c * g.r * g.s >= kProductWeights && all_units() * kUnitPixels <= kProductValues + (kProductValues >> 4);
+    const int64_t weights = g.k * g.c * g.r * g.s;
+    return weights >= kProductWeights && weights > kProductWeightsPerPixel * pixels &&
+           (slots * L + g.k) * units * kUnitPixels <= kProductValues + (kProductValues >> 4);
+  }
+
+  // Whether dweight goes past the caches, in whole lines: it is not read before the optimizer's step, and by then gone from them.
+  bool can_stream_weights() const {
+    const WeightLayout& layout = params.weight_layout;
+    return kCanStream<A> && layout.is_acc && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
+           g.c % L == 0 && layout.stride_k % L == 0 && layout.stride_r % L == 0 && layout.stride_s % L == 0 &&
+           g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
   }
 
   // Walks over output pixels and tells where a tap finds its input, or null outside the image.
@@ -58,63 +69,89 @@ template <typename M, typename T> struct WgradProduct {
     }
   };
 
-  // [unit][lane] of one slot, units [begin, end).
-  void arrange_activations(Unit* out, int64_t slot, int64_t begin, int64_t end, const Prologue<A>& prologue) const {
-    const int64_t tap = slot / blocks, channel = slot % blocks * L;
-    const int valid = int(min64(L, g.c - channel));
-    const int64_t first = begin * kUnitPixels;
+  // Units from one slot to the next: an odd number of vectors, since all of them are written in turn.
+  int64_t slot_units() const { return min64(units, kProductPass) | 1; }
+
+  // [slot][unit][lane] of one run: the channel blocks [first, last) under one tap, units [begin, end). Pixels may lie a
+  // multiple of a page apart, so of each as many neighbouring channels are read as there are.
+  void arrange_activations(Unit* out, int64_t tap, int64_t first, int64_t last, int64_t begin, int64_t end,
+                           const Prologue<A>& prologue) const {
+    const int64_t pixel = begin * kUnitPixels;
     Walk walk = {g, static_cast<const T*>(params.x), tap / g.s * g.dilation_h, tap % g.s * g.dilation_w,
-                 first / (g.p * g.q), first / g.q % g.p, first % g.q};
-    const auto next = [&]() __attribute__((always_inline)) {
-      const T* const at = walk.next();
-      return at ? load_activation<T>(at + channel, channel, valid, prologue) : Vec<A>{};
-    };
-    for (int64_t unit = begin; unit < end; ++unit) {
-      if constexpr (kUnitPixels == 1) {
-        store(out + unit * L, rounded_activation<T>(next()));
-      } else {
+                 pixel / (g.p * g.q), pixel / g.q % g.p, pixel % g.q};
+    out += tap * blocks * slot_units() * L;
+    for (int64_t unit = begin; unit < end; unit += kReadUnits) {
+      const int64_t count = min64(kReadUnits, end - unit);
+      const T* at[kReadUnits * kUnitPixels];
+      for (int64_t i = 0; i < count * kUnitPixels; ++i)
+        at[i] = unit * kUnitPixels + i < pixels ? walk.next() : nullptr;
+      for (int64_t block = first; block < last; block += kUnitPixels) {
+        const int64_t channel = block * L, valid = min64(kUnitPixels * L, g.c - channel);
+        Unit* const to = out + (block * slot_units() + unit - begin) * L;
+        if constexpr (kUnitPixels == 1) {
+          for (int64_t i = 0; i < count; ++i)
+            store(to + i * L, at[i] ? rounded_activation<T>(load_activation<T>(at[i] + channel, channel, int(valid), prologue))
+                                    : Vec<A>{});
+        } else {
 #if RF_LEVEL >= 3
-        const vfloat low = next(), high = 2 * unit + 1 < pixels ? next() : vfloat{};
-        const vuint32 pair = pair_lanes(low, high);
-        memcpy(out + unit * L, &pair, sizeof pair);
+          pair_words(to, slot_units() * L, at, count, channel, valid, prologue);
 #endif
+        }
       }
     }
   }
 
-  // [unit][output] of the tile of output channels [k, k + outputs).
-  void arrange_gradients(Unit* out, int64_t k, int64_t outputs, int64_t begin, int64_t end) const {
-    const T* const dy = static_cast<const T*>(params.dy) + k;
-    for (int64_t unit = begin; unit < end; ++unit)
-      for (int64_t i = 0; i < outputs; i += L) {
-        const int lanes = int(min64(L, outputs - i));
-        const T* const at = dy + unit * kUnitPixels * g.k + i;
-        Unit* const to = out + unit * outputs + i;
-        if constexpr (kUnitPixels == 1) {
-          store_partial(to, load_partial(at, lanes), lanes);
-        } else {
-          const vuint32 low = (vuint32)load_partial(at, lanes);
-          const vuint32 high = 2 * unit + 1 < pixels ? (vuint32)load_partial(at + g.k, lanes) : vuint32{};
-          const vfloat pair = (vfloat)(low >> 16 | high);
-          store_partial(reinterpret_cast<float*>(to), pair, lanes);
-        }
+  // [group][unit][output] of the tiles of output channels [first, last), units [begin, end).
+  void arrange_gradients(Unit* out, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    const T* const dy = static_cast<const T*>(params.dy);
+    for (int64_t unit = begin; unit < end; unit += kReadUnits) {
+      const int64_t stop = min64(end, unit + kReadUnits);
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
+        for (int64_t u = unit; u < stop; ++u)
+          for (int64_t i = 0; i < outputs; i += L) {
+            const int lanes = int(min64(L, outputs - i));
+            const T* const at = dy + u * kUnitPixels * g.k + k + i;
+            Unit* const to = out + k * units + u * outputs + i;
+            if constexpr (kUnitPixels == 1) {
+              store_partial(to, load_partial(at, lanes), lanes);
+            } else {
+              const vuint32 low = (vuint32)load_partial(at, lanes);
+              const vuint32 high = 2 * u + 1 < pixels ? (vuint32)load_partial(at + g.k, lanes) : vuint32{};
+              const vfloat pair = (vfloat)(low >> 16 | high);
+              store_partial(reinterpret_cast<float*>(to), pair, lanes);
+            }
+          }
       }
+    }
+  }
+
+  void arrange(Unit* activations, Unit* gradients) const {
+    const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
+    const int64_t runs = divide_up(units, kProductPass), taps = g.r * g.s;
+    const int64_t block_pieces = divide_up(blocks, kReadBlocks), group_pieces = divide_up(groups, kReadBlocks);
+    const int64_t pieces = taps * block_pieces + group_pieces;
+    parallel_for(params.parallel, runs * pieces, [&](int64_t task) {
+      const int64_t run = task / pieces, piece = task % pieces - group_pieces;
+      const int64_t begin = run * kProductPass, end = min64(units, begin + kProductPass);
+      if (piece < 0) {
+        const int64_t first = (piece + group_pieces) * kReadBlocks;
+        return arrange_gradients(gradients, first, min64(groups, first + kReadBlocks), begin, end);
+      }
+      const int64_t first = piece % block_pieces * kReadBlocks;
+      arrange_activations(activations + run * slots * slot_units() * L, piece / block_pieces, first,
+                          min64(blocks, first + kReadBlocks), begin, end, prologue);
+    });
   }
 
   void run() const {
-    Unit* const activations = static_cast<Unit*>(thread_scratch(kScratchPartial, size_t(all_units()) * sizeof(Unit)));
-    Unit* const gradients = activations + activation_units();
-    const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
-    const int64_t runs = divide_up(units, kProductPass);
-    parallel_for(params.parallel, runs, [&](int64_t run) {
-      const int64_t begin = run * kProductPass, end = min64(units, begin + kProductPass);
-      for (int64_t slot = 0; slot < slots; ++slot)
-        arrange_activations(activations + slot * units * L, slot, begin, end, prologue);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t k = split_begin(g.k, groups, group);
-        arrange_gradients(gradients + k * units, k, split_begin(g.k, groups, group + 1) - k, begin, end);
-      }
-    });
+    const int64_t run_units = slots * slot_units() * L, all = divide_up(units, kProductPass) * run_units + units * g.k;
+    Unit* const activations = static_cast<Unit*>(thread_scratch(kScratchPartial, size_t(all) * sizeof(Unit)));
+    Unit* const gradients = activations + all - units * g.k;
+    arrange(activations, gradients);
+
+    const WeightLayout& layout = params.weight_layout;
+    const bool streamed = can_stream_weights();
 
     // Column after column of the same output channels: what is read again lies in the cache.
     constexpr int64_t kOutputs = tile_outputs(kVectors);
@@ -131,7 +168,8 @@ template <typename M, typename T> struct WgradProduct {
       for (int64_t unit = 0; unit < units; unit += kProductPass) {
         tile.fresh = unit == 0;
         tile.cols = min64(kProductPass, units - unit);
-        for (int v = 0; v < vectors; ++v) tile.a[v] = activations + (slot + v) * units * L + unit * L;
+        for (int v = 0; v < vectors; ++v)
+          tile.a[v] = activations + unit / kProductPass * run_units + (slot + v) * slot_units() * L;
         for (int64_t group = first; group < last; ++group) {
           const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
           tile.dy = gradients + k * units + unit * outputs;
@@ -142,7 +180,6 @@ template <typename M, typename T> struct WgradProduct {
             run_tile<M, 1>(int(outputs), tile, sums + (group - first) * kTileSize);
         }
       }
-      const WeightLayout& layout = params.weight_layout;
       for (int64_t group = first; group < last; ++group) {
         const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
         for (int64_t i = 0; i < outputs; ++i)
@@ -150,10 +187,14 @@ template <typename M, typename T> struct WgradProduct {
             const int64_t tap = (slot + v) / blocks, channel = (slot + v) % blocks * L;
             const int64_t at = (k + i) * layout.stride_k + channel * layout.stride_c + tap / g.s * layout.stride_r +
                                tap % g.s * layout.stride_s;
-            write_weight<T>(params.dweight, layout, at, load(sums + (group - first) * kTileSize + (i * vectors + v) * L),
-                            min64(L, g.c - channel));
+            const Vec<A> sum = load(sums + (group - first) * kTileSize + (i * vectors + v) * L);
+            if (streamed)
+              stream(static_cast<A*>(params.dweight) + at, sum);
+            else
+              write_weight<T>(params.dweight, layout, at, sum, min64(L, g.c - channel));
           }
       }
+      if (streamed) stream_fence();
     });
     if (params.dbias) {
       A* const dbias = static_cast<A*>(params.dbias);
