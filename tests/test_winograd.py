@@ -35,6 +35,8 @@ SHAPES = [
     Shape(70, 16, 2, 2, 16),  # several images to a unit of work
     Shape(2, 64, 41, 64, 16),  # several bands of rows
     Shape(2, 8, 5, 139, 8),  # several pieces of a row of tiles
+    Shape(3, 24, 8, 8, 168),  # several groups of output channels, forward
+    Shape(9, 168, 8, 8, 40),  # and in the input gradient, of several parts
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 ids = ["x".join(map(str, shape)) for shape in SHAPES]

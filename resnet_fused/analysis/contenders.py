@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,12 @@ from torch import Tensor, nn
 
 from .benchmark_net import BenchmarkNet
 
-__all__ = ["COMPILED", "CONTENDERS", "DTYPES", "Contender", "build_contender", "contender_by_key"]
+__all__ = [
+    "COMPILED", "CONTENDERS", "DTYPES", "Contender", "build_contender", "contender_by_key", "forward_of"
+]
+
+# torch.compile orders the nodes of a graph by recursion: a net of 1001 layers needs more than Python's default.
+_COMPILE_RECURSION = 50_000
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: under autocast, with fp32 parameters
 
@@ -51,3 +57,11 @@ def build_contender(contender: Contender, net: BenchmarkNet,
     if state is not None:
         model.load_state_dict(state)
     return model.to(memory_format=contender.memory_format)
+
+
+def forward_of(contender: Contender, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What runs the model (of :func:`build_contender`): itself, or what torch.compile makes of it."""
+    if not contender.compiled:
+        return model
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), _COMPILE_RECURSION))
+    return torch.compile(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .benchmark_net import BenchmarkNet
-from .contenders import CONTENDERS, Contender, build_contender
+from .contenders import CONTENDERS, Contender, build_contender, forward_of
 
 __all__ = ["InferencePass", "calibrated_state"]
 
@@ -44,7 +44,7 @@ class InferencePass:
         self.images = images.contiguous(memory_format=contender.memory_format)
         self.labels = labels
         self.autocast = autocast
-        self._run = torch.compile(self.model) if contender.compiled else self.model
+        self._run = forward_of(contender, self.model)
 
     def with_batch(self, images: Tensor, labels: Tensor) -> InferencePass:
         """The same net on another batch, in the memory format of this one."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .benchmark_net import BenchmarkNet
-from .contenders import Contender, build_contender
+from .contenders import Contender, build_contender, forward_of
 
 __all__ = ["TrainingStep", "sgd"]
 
@@ -42,7 +42,7 @@ class TrainingStep:
         self.labels = labels
         self.autocast = autocast
         self.optimizer = sgd(self.model.parameters())
-        self._run = torch.compile(self.model) if contender.compiled else self.model
+        self._run = forward_of(contender, self.model)
 
     def with_batch(self, images: Tensor, labels: Tensor) -> TrainingStep:
         """The same net and optimizer on another batch, in the memory format of this one."""

@@ -58,13 +58,15 @@ void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, i
 template <typename T> bool winograd_dgrad(const PreactConvDgradParams& params) {
   const ConvGeometry& g = params.g;
   const WinogradPlan plan = plan_winograd<T>({g.n, g.k, g.c, g.p, g.q, g.h, g.w, g.pad_h - 2, g.pad_w - 2});
-  float* const partial = partial_sums<float>(params, plan.tasks);
+  float* const partial = partial_sums<float>(params, plan.parts);
   const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.dy), make_prologue<float>(nullptr, g.k, 0), params.weight,
       params.weight_layout, true, {static_cast<const T*>(params.x), static_cast<const T*>(params.dz_in)},
-      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.c, partial, streamed, false); });
-  if (finite) merge_partial_sums(params, partial, plan.tasks, false);
+      [&](int64_t part, int64_t first_channel, int64_t last_channel) {
+        return start_epilogue<T>(params, part, first_channel, last_channel, partial, streamed, false);
+      });
+  if (finite) merge_partial_sums(params, partial, plan.parts, false);
   return finite;
 }
 

@@ -235,13 +235,15 @@ void merge_partial_stats(const PreactConvForwardParams& params, const A* partial
 template <typename T> bool winograd_forward(const PreactConvForwardParams& params) {
   const ConvGeometry& g = params.g;
   const WinogradPlan plan = plan_winograd<T>({g.n, g.c, g.k, g.h, g.w, g.p, g.q, -g.pad_h, -g.pad_w});
-  float* const partial = partial_stats<float>(params, plan.tasks);
+  float* const partial = partial_stats<float>(params, plan.parts);
   const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.x), make_prologue<float>(params.bn, g.c, params.slope),
       params.weight, params.weight_layout, false, {static_cast<const T*>(params.residual), nullptr},
-      [&](int64_t task) { return start_epilogue<T>(params, task, 0, g.k, partial, streamed); });
-  if (finite) merge_partial_stats(params, partial, plan.tasks, [&](int64_t task) { return plan.pixels(task); });
+      [&](int64_t part, int64_t first_channel, int64_t last_channel) {
+        return start_epilogue<T>(params, part, first_channel, last_channel, partial, streamed);
+      });
+  if (finite) merge_partial_stats(params, partial, plan.parts, [&](int64_t part) { return plan.pixels(part); });
   return finite;
 }
 

@@ -121,21 +121,22 @@ static bool winograd_takes(const ConvGeometry& g) {
 }
 
 // Whether the products save more than the transforms cost. Not with channels below a vector, which leave most lanes of a
-// transform idle; nor where tiles reach far over the border; nor where transformed weights come from memory for few tiles.
-// Limits as measured on 2 cores of Zen 4, 128-640 channels, 16-1024 tiles.
+// transform idle; nor where tiles reach far over the border; nor where transformed weights, 64 or 144 bytes each, come from memory
+// for few tiles. Limits as measured on 2 cores of Zen 4, 128-640 channels, 16-1024 tiles.
 template <typename T> static bool winograd_fits(const ConvGeometry& g) {
   constexpr int64_t TILE = FilterOf<T>::kTile;
   const int64_t tiles = winograd_tiles<T>(g), weights = g.c * g.k;
   return kHasWinograd<T> && winograd_takes(g) && g.c >= 8 && g.k >= 8 && 2 * g.n * g.p * g.q >= tiles * TILE * TILE &&
-         (TILE == 2 ? weights <= 3072 * tiles : weights <= min64(320 * 320, 512 * tiles));
+         (TILE == 2 ? weights <= (weights <= int64_t(512) << 10 ? 16384 : 3072) * tiles
+                    : weights <= min64(400 * 400, 2400 * tiles));
 }
 
-// A sum is at most bound = (largest input) * (sum of the weights' magnitudes). Its grid is 2^-19 of the power of two below
-// that: adding and subtracting 24 times this power rounds to it.
+// A sum is at most bound = (largest input) * (sum of the weights' magnitudes). Its grid is 2^-18 of the power of two below
+// that: adding and subtracting 48 times this power rounds to it.
 struct Grid {
   vfloat offset;
   RF_INLINE_METHOD static Grid of(float largest, vfloat weights) {
-    return {(vfloat)((vuint32)(weights * largest) & 0x7f800000u) * 24.f};
+    return {(vfloat)((vuint32)(weights * largest) & 0x7f800000u) * 48.f};
   }
   RF_INLINE_METHOD vfloat round(vfloat v) const { return (v + offset) - offset; }
 };
@@ -384,13 +385,14 @@ template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
   }
 }
 
-// The outputs [images][out_rows][out_cols] of a task, image i from pixel first_pixel + i * image_pixels. `bands`: one band
+// The outputs [images][out_rows][out_cols] of a task, in some blocks of channels, image i from pixel first_pixel + i * image_pixels. `bands`: one band
 // per image, each with two more rows and columns than its tiles; largest: magnitude in them. Returns whether all sums were
 // finite; if not, the outputs are to be computed again.
 template <typename F, typename E>
 static bool winograd_bands(const float* bands, float largest, const BandLayout& b, int64_t images, const float* packed,
                            const float* norms, const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
-                           int64_t image_pixels, const E& epilogue, Prefetcher& next) {
+                           int64_t image_pixels, int64_t first_block, int64_t last_block, const E& epilogue,
+                           Prefetcher& next) {
   constexpr int L = kLanes<float>;
   const WinogradStrips strips = winograd_strips<F>(images, out_rows, out_cols, kStripTiles);
   // Transformed inputs [position][channel block][tile][vector], products [vector][position][tile][vector], rows of outputs.
@@ -405,7 +407,7 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
   float* const outputs = products.product + 2 * products.vector_step;
   const int64_t line = b.slots * L, zero_offset = 0;
   const TileInput<ModeF32> input = {&zero_offset, 1, strips.most * L, pack.in_units};
-  next.divide(strips.count() * pack.out_blocks * F::kPositions);
+  next.divide(strips.count() * (last_block - first_block) * F::kPositions);
 
   vfloat probe = {};
   int64_t pixels_before = 0;
@@ -423,7 +425,7 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
     const int64_t strip_cols = min64(F::kTile * cols, out_cols - F::kTile * col0);
     const int64_t runs = divide_up(strip_cols, int64_t(kRunPixels));
     int64_t pixels_after = pixels_before;
-    for (int64_t block = 0; block < pack.out_blocks; ++block) {
+    for (int64_t block = first_block; block < last_block; ++block) {
       const int vectors = pack_vectors<ModeF32>(pack, block);
       const float* w = packed + winograd_block_offset<F>(pack, block);
       const int64_t position_step = winograd_position_step(pack, vectors), groups = divide_up(tiles, products_at_once(vectors));
@@ -471,19 +473,25 @@ struct WinogradProblem {
   int64_t top, left;  // input row and column of the first tap of output (0, 0)
 };
 
-// How it is cut into tasks: bands of rows of one image, or several whole images.
+// How it is cut up: bands of rows of one image, or several whole images ("parts"), and where these are few, groups of blocks of
+// output channels, each of which transforms the inputs anew.
 struct WinogradPlan {
   WinogradProblem p;
-  int64_t images, bands, band_rows, tasks;
+  int64_t images, bands, band_rows, parts, blocks, groups;
   int64_t rows, cols;  // of the largest input band
 
-  int64_t first_image(int64_t task) const { return task / bands * images; }
-  int64_t image_count(int64_t task) const { return min64(images, p.n - first_image(task)); }
-  int64_t first_row(int64_t task) const { return task % bands * band_rows; }
-  int64_t row_count(int64_t task) const { return min64(band_rows, p.out_h - first_row(task)); }
-  int64_t first_pixel(int64_t task) const { return (first_image(task) * p.out_h + first_row(task)) * p.out_w; }
-  int64_t pixels(int64_t task) const { return image_count(task) * row_count(task) * p.out_w; }
+  int64_t first_image(int64_t part) const { return part / bands * images; }
+  int64_t image_count(int64_t part) const { return min64(images, p.n - first_image(part)); }
+  int64_t first_row(int64_t part) const { return part % bands * band_rows; }
+  int64_t row_count(int64_t part) const { return min64(band_rows, p.out_h - first_row(part)); }
+  int64_t first_pixel(int64_t part) const { return (first_image(part) * p.out_h + first_row(part)) * p.out_w; }
+  int64_t pixels(int64_t part) const { return image_count(part) * row_count(part) * p.out_w; }
+
+  int64_t tasks() const { return parts * groups; }
+  int64_t first_block(int64_t task) const { return split_begin(blocks, groups, task % groups); }
+  int64_t last_block(int64_t task) const { return split_begin(blocks, groups, task % groups + 1); }
 };
+constexpr int64_t kWinogradTasks = 8, kWinogradGroupBlocks = 2;  // at least
 template <typename T> static WinogradPlan plan_winograd(const WinogradProblem& p) {
   typedef FilterOf<T> F;
   WinogradPlan plan = {};
@@ -494,15 +502,18 @@ template <typename T> static WinogradPlan plan_winograd(const WinogradProblem& p
   plan.bands = divide_up(p.out_h, plan.band_rows);
   plan.rows = plan.band_rows + 2;
   plan.images = plan.bands == 1 ? winograd_images<F>(p.n, p.out_h, p.out_w, row_bytes * plan.rows) : 1;
-  plan.tasks = divide_up(p.n, plan.images) * plan.bands;
+  plan.parts = divide_up(p.n, plan.images) * plan.bands;
+  plan.blocks = divide_up(p.out_channels, kOutBlock<float>);
+  plan.groups = 1;
+  while (plan.tasks() < kWinogradTasks && 2 * plan.groups * kWinogradGroupBlocks <= plan.blocks) plan.groups *= 2;
   return plan;
 }
 
 template <bool GRID> struct NoteOf { typedef NotLargest type; };
 template <> struct NoteOf<true> { typedef Largest type; };
 
-// `input`: [n, in_h, in_w, in_channels]; make_epilogue(task) starts a task's epilogue, and starts it anew if it is called
-// again; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were finite.
+// `input`: [n, in_h, in_w, in_channels]; make_epilogue(part, first_channel, last_channel) starts the epilogue of these
+// channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were finite.
 template <typename T, typename MakeEpilogue>
 static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& plan, const T* input,
                                  const Prologue<float>& prologue, const void* weight, const WeightLayout& layout,
@@ -515,36 +526,39 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
       kScratchPack, size_t(winograd_packed_floats<F>(pack) + winograd_norm_floats(pack)) * sizeof(float)));
   float* const norms = packed + winograd_packed_floats<F>(pack);
   pack_winograd<T>(packed, norms, parallel, pack, weight, layout, turned);
-  bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.tasks)));
+  bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.tasks())));
   const BandLayout largest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
-  parallel_for(parallel, plan.tasks, [&](int64_t task) {
-    const int64_t images = plan.image_count(task), out_rows = plan.row_count(task), row0 = plan.first_row(task) + p.top;
+  parallel_for(parallel, plan.tasks(), [&](int64_t task) {
+    const int64_t part = task / plan.groups, first_block = plan.first_block(task), last_block = plan.last_block(task);
+    const int64_t images = plan.image_count(part), out_rows = plan.row_count(part), row0 = plan.first_row(part) + p.top;
     const BandLayout b = make_band<ModeF32>(p.in_channels, round_up(out_rows, F::kTile) + 2, plan.cols, 1);
     float* const bands = static_cast<float*>(
         thread_scratch(kScratchActivation, size_t(plan.images * band_units<ModeF32>(largest)) * sizeof(float)));
     Note note;
     for (int64_t i = 0; i < images; ++i)
       note = fill_band<ModeF32, T, Note>(bands + i * band_units<ModeF32>(b), b,
-                            input + (plan.first_image(task) + i) * p.in_h * p.in_w * p.in_channels, p.in_h, p.in_w, row0,
+                            input + (plan.first_image(part) + i) * p.in_h * p.in_w * p.in_channels, p.in_h, p.in_w, row0,
                             p.left, prologue, note);
     float largest = 0;
     if constexpr (F::kGrid) largest = note.value();
     Prefetcher next;
-    if (task + 1 < plan.tasks) {
-      const int64_t image = plan.first_image(task + 1), top = plan.first_row(task + 1) + p.top;
+    if (part + 1 < plan.parts) {
+      const int64_t image = plan.first_image(part + 1), top = plan.first_row(part + 1) + p.top;
       const int64_t begin = (image * p.in_h + max64(0, min64(p.in_h, top))) * p.in_w;
       const int64_t end =
-          ((image + plan.image_count(task + 1) - 1) * p.in_h + max64(0, min64(p.in_h, top + plan.rows))) * p.in_w;
+          ((image + plan.image_count(part + 1) - 1) * p.in_h + max64(0, min64(p.in_h, top + plan.rows))) * p.in_w;
       next.add(input + begin * p.in_channels, input + max64(begin, end) * p.in_channels);
-      const int64_t pixel = plan.first_pixel(task + 1) * p.out_channels, count = plan.pixels(task + 1) * p.out_channels;
+      const int64_t pixel = plan.first_pixel(part + 1) * p.out_channels, count = plan.pixels(part + 1) * p.out_channels;
       for (const T* tensor : beside)
         if (tensor) next.add(tensor + pixel, tensor + pixel + count);
     }
-    finite[task] = winograd_bands<F>(bands, largest, b, images, packed, norms, pack, out_rows, p.out_w, plan.first_pixel(task),
-                                     p.out_h * p.out_w, make_epilogue(task), next);
+    const auto epilogue =
+        make_epilogue(part, first_block * kOutBlock<float>, min64(p.out_channels, last_block * kOutBlock<float>));
+    finite[task] = winograd_bands<F>(bands, largest, b, images, packed, norms, pack, out_rows, p.out_w, plan.first_pixel(part),
+                                     p.out_h * p.out_w, first_block, last_block, epilogue, next);
     stream_fence();  // the epilogue may have streamed its output
   });
-  for (int64_t task = 0; task < plan.tasks; ++task)
+  for (int64_t task = 0; task < plan.tasks(); ++task)
     if (!finite[task]) return false;
   return true;
 }
