@@ -275,6 +275,30 @@ def test_both_gradients_of_1x1_keep_what_is_not_finite(backend, c, k, dtype, slo
     assert torch.equal(sums.isnan(), apart_sums.isnan())
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_outputs_past_the_caches(backend, dtype, joined):
+    """From 8 MiB on they are written past the caches: the same bits as image by image, where they are not."""
+    x, weight, dy = tensors(Shape(8, 64, 91, 91, 16), dtype, torch.randn)
+    assert x.nbytes >= 8 << 20 > x[:1].nbytes
+    bn, beside = bn_rows(64, dtype), torch.randn_like(x) if joined else None
+    back, narrow = weight.transpose(0, 1).contiguous(), bn[:, :16].contiguous()
+    same = ((1, 1), (0, 0), (1, 1), 1)
+
+    def outputs(at):
+        given = None if beside is None else beside[at]
+        y, _ = primitives.preact_conv_forward(dy[at], narrow, back, None, given, 0.0, *same, True)
+        dz, _ = primitives.preact_conv_dgrad(dy[at], weight, x[at], bn, given, 0.0, *same)
+        both = primitives.preact_conv_backward_1x1(dy[at], weight, x[at], bn, given, 0.0, False)
+        return y, dz, both[0]
+
+    whole = outputs(slice(None))
+    for i in range(len(x)):
+        for result, part in zip(whole, outputs(slice(i, i + 1)), strict=True):
+            assert torch.equal(result[i : i + 1], part)
+
+
 def test_both_gradients_of_1x1_where_there_is_no_kernel():
     x = torch.randn(1, 8, 4, 4).contiguous(memory_format=CL)
     assert not has_kernel(x, torch.randn(4, 8, 1, 1), (2, 2), (0, 0), (1, 1), 1)
