@@ -67,6 +67,35 @@ constexpr HalfOrder kPairLowPacked = half_order([](int i) { return i / 4 + i / 2
 constexpr HalfOrder kPairHighPacked = half_order([](int i) { return 8 + i / 4 + i / 2 % 2 * 16 + i % 2 * 32; });
 constexpr HalfOrder kPairBothPacked = half_order([](int i) { return i / 4 + i / 2 % 2 * 16 + i % 2 * 8; });
 
+// 32 channels, or the `valid` that there are, of pairs of pixels: x_of(i) is pixel i, or null, which is 0.
+template <typename XOf>
+RF_INLINE void pair_words(uint32_t* out, int64_t block_stride, int64_t pairs, int64_t channel, int64_t valid,
+                          const Prologue<float>& prologue, const XOf& x_of) {
+  constexpr int64_t L = kLanes<float>;
+  const __mmask32 mask = first_halves(valid);
+  const auto run = [&](const HalfOrder& low, const HalfOrder& high, const auto& halves) __attribute__((always_inline)) {
+    const __m512i low_order = low.vector(), high_order = high.vector();
+    const auto pixel = [&](const bf16* x) __attribute__((always_inline)) {
+      return x ? halves((vuint32)_mm512_maskz_loadu_epi16(mask, x + channel)) : vuint32{};
+    };
+    for (int64_t j = 0; j < pairs; ++j) {
+      const vuint32 first = pixel(x_of(2 * j)), second = pixel(x_of(2 * j + 1));
+      const vuint32 low_pairs = permute(first, second, low_order);
+      memcpy(out + j * L, &low_pairs, sizeof low_pairs);
+      if (valid > L) {
+        const vuint32 high_pairs = permute(first, second, high_order);
+        memcpy(out + block_stride + j * L, &high_pairs, sizeof high_pairs);
+      }
+    }
+  };
+  if (prologue.scale)
+    with_word_prologue(prologue, channel, valid, false, [&](const auto& words) __attribute__((always_inline)) {
+      run(kPairLowPacked, kPairHighPacked, [&](vuint32 w) __attribute__((always_inline)) { return words.halves(w); });
+    });
+  else
+    run(kPairLow, kPairHigh, [](vuint32 w) { return w; });
+}
+
 // fill_pairs for a run of pixels: no border, no stride, one copy.
 static void fill_run_pairs(uint32_t* out, int64_t block_stride, const bf16* x, int64_t pixels, int64_t channels,
                            const Prologue<float>& prologue) {
@@ -85,59 +114,9 @@ static void fill_run_pairs(uint32_t* out, int64_t block_stride, const bf16* x, i
     });
     return;
   }
-  for (int64_t channel = 0; channel < channels; channel += kWordChannels, out += 2 * block_stride) {
-    const int64_t valid = min64(kWordChannels, channels - channel);
-    const __mmask32 mask = first_halves(valid);
-    const auto run = [&](const HalfOrder& low, const HalfOrder& high, const auto& halves) __attribute__((always_inline)) {
-      const __m512i low_order = low.vector(), high_order = high.vector();
-      const bf16* from = x + channel;
-      for (int64_t j = 0; j < pairs; ++j, from += 2 * channels) {
-        const vuint32 first = halves((vuint32)_mm512_maskz_loadu_epi16(mask, from));
-        vuint32 second = {};
-        if (2 * j + 1 < pixels) second = halves((vuint32)_mm512_maskz_loadu_epi16(mask, from + channels));
-        const vuint32 low_pairs = permute(first, second, low_order);
-        memcpy(out + j * L, &low_pairs, sizeof low_pairs);
-        if (valid > L) {
-          const vuint32 high_pairs = permute(first, second, high_order);
-          memcpy(out + block_stride + j * L, &high_pairs, sizeof high_pairs);
-        }
-      }
-    };
-    if (prologue.scale)
-      with_word_prologue(prologue, channel, valid, false, [&](const auto& words) __attribute__((always_inline)) {
-        run(kPairLowPacked, kPairHighPacked, [&](vuint32 w) __attribute__((always_inline)) { return words.halves(w); });
-      });
-    else
-      run(kPairLow, kPairHigh, [](vuint32 w) { return w; });
-  }
-}
-
-// The same 32 channels, or the `valid` that there are, of pairs of pixels that lie anywhere; a null one is 0.
-static void pair_words(uint32_t* out, int64_t block_stride, const bf16* const* at, int64_t pairs, int64_t channel, int64_t valid,
-                       const Prologue<float>& prologue) {
-  constexpr int64_t L = kLanes<float>;
-  const __mmask32 mask = first_halves(valid);
-  const auto run = [&](const HalfOrder& low, const HalfOrder& high, const auto& halves) __attribute__((always_inline)) {
-    const __m512i low_order = low.vector(), high_order = high.vector();
-    const auto pixel = [&](const bf16* x) __attribute__((always_inline)) {
-      return x ? halves((vuint32)_mm512_maskz_loadu_epi16(mask, x + channel)) : vuint32{};
-    };
-    for (int64_t j = 0; j < pairs; ++j) {
-      const vuint32 first = pixel(at[2 * j]), second = pixel(at[2 * j + 1]);
-      const vuint32 low_pairs = permute(first, second, low_order);
-      memcpy(out + j * L, &low_pairs, sizeof low_pairs);
-      if (valid > L) {
-        const vuint32 high_pairs = permute(first, second, high_order);
-        memcpy(out + block_stride + j * L, &high_pairs, sizeof high_pairs);
-      }
-    }
-  };
-  if (prologue.scale)
-    with_word_prologue(prologue, channel, valid, false, [&](const auto& words) __attribute__((always_inline)) {
-      run(kPairLowPacked, kPairHighPacked, [&](vuint32 w) __attribute__((always_inline)) { return words.halves(w); });
-    });
-  else
-    run(kPairLow, kPairHigh, [](vuint32 w) { return w; });
+  for (int64_t channel = 0; channel < channels; channel += kWordChannels, out += 2 * block_stride)
+    pair_words(out, block_stride, pairs, channel, min64(kWordChannels, channels - channel), prologue,
+               [&](int64_t i) __attribute__((always_inline)) { return i < pixels ? x + i * channels : nullptr; });
 }
 
 // dy rows [cols][k] -> [pairs][k] of neighbouring pixels, `step` apart; a missing last pixel is 0.

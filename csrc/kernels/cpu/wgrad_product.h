@@ -44,7 +44,8 @@ template <typename M, typename T> struct WgradProduct {
   bool can_stream_weights() const {
     const WeightLayout& layout = params.weight_layout;
     return kCanStream<A> && layout.is_acc && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
-           g.c % L == 0 && layout.stride_k % L == 0 && layout.stride_r % L == 0 && layout.stride_s % L == 0 &&
+           g.c % L == 0 && layout.stride_k % L == 0 && (g.r == 1 || layout.stride_r % L == 0) &&
+           (g.s == 1 || layout.stride_s % L == 0) &&
            g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
   }
 
@@ -94,7 +95,8 @@ template <typename M, typename T> struct WgradProduct {
                                     : Vec<A>{});
         } else {
 #if RF_LEVEL >= 3
-          pair_words(to, slot_units() * L, at, count, channel, valid, prologue);
+          pair_words(to, slot_units() * L, count, channel, valid, prologue,
+                     [&](int64_t i) __attribute__((always_inline)) { return at[i]; });
 #endif
         }
       }

@@ -385,9 +385,9 @@ template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
   }
 }
 
-// The outputs [images][out_rows][out_cols] of a task, in some blocks of channels, image i from pixel first_pixel + i * image_pixels. `bands`: one band
-// per image, each with two more rows and columns than its tiles; largest: magnitude in them. Returns whether all sums were
-// finite; if not, the outputs are to be computed again.
+// The outputs [images][out_rows][out_cols] of a task, in the blocks [first_block, last_block) of channels; image i from pixel
+// first_pixel + i * image_pixels. `bands`: one band per image, each with two more rows and columns than its tiles; largest:
+// magnitude in them. Returns whether all sums were finite; if not, the outputs are to be computed again.
 template <typename F, typename E>
 static bool winograd_bands(const float* bands, float largest, const BandLayout& b, int64_t images, const float* packed,
                            const float* norms, const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
@@ -513,7 +513,8 @@ template <bool GRID> struct NoteOf { typedef NotLargest type; };
 template <> struct NoteOf<true> { typedef Largest type; };
 
 // `input`: [n, in_h, in_w, in_channels]; make_epilogue(part, first_channel, last_channel) starts the epilogue of these
-// channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were finite.
+// channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were
+// finite.
 template <typename T, typename MakeEpilogue>
 static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& plan, const T* input,
                                  const Prologue<float>& prologue, const void* weight, const WeightLayout& layout,
