@@ -14,7 +14,7 @@ constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
 constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
 constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once: a run
 constexpr int64_t kReadUnits = 8;                     // of these the operands are read beside each other,
-constexpr int64_t kReadBlocks = 16;                   // so many vectors of channels to a task
+constexpr int64_t kReadBlocks = 16;                   // so many vectors of input channels, or tiles of output channels, to a task
 constexpr int64_t kRangeBytes = int64_t(512) << 10;   // of the gradients that stay in a core's cache from task to task
 constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most: its sums fill an L1 cache
 
