@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused.functional import UnitArgs, residual_units
+from resnet_fused.ops import whole_unit
 
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -434,6 +435,97 @@ class TestAutograd:
             gc.enable()
 
 
+@pytest.fixture
+def reused(monkeypatch):
+    """Of each backward operator's call, whether it was allowed to write over what forward had saved."""
+    seen = []
+
+    def backward_operator(*args, original=whole_unit.backward_operator):
+        operator, combined = original(*args)
+
+        def noted(*arguments):
+            seen.append(arguments[-1])
+            return operator(*arguments)
+
+        return operator and noted, combined
+
+    monkeypatch.setattr(whole_unit, "backward_operator", backward_operator)
+    return seen
+
+
+class TestSavedTensors:
+    """Gradients are written over the raw outputs that a node has saved, if nobody can read them any more."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("row", [*ROWS, "projection"])
+    def test_same_bits(self, reused, row, dtype):
+        units = ROWS[row](dtype) if row in ROWS else [basic(16, 32, 2, dtype=dtype)]
+        x = batch(units[0].convs[0].weight.shape[1], dtype=dtype)
+        leaves = [t for t in plain.tensors((x, [u[:3] for u in units])) if t.requires_grad]
+        out = residual_units(x, units)
+        dout = torch.randn(out.shape).to(out)
+        kept = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        again = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        last = torch.autograd.grad(out, leaves, dout)
+        assert reused == [False, False, True]
+        for a, b, c in zip(kept, again, last, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(out, leaves, dout)
+
+    def test_not_what_somebody_holds(self, reused):
+        units, x = [basic(), basic()], batch()
+        out = residual_units(x, units)
+        held = out.grad_fn.saved_tensors
+        before = [None if t is None else t.detach().clone() for t in held]
+        out.sum().backward()
+        assert reused == [False]
+        for t, b in zip(held, before, strict=True):
+            assert t is b is None or torch.equal(t, b)
+
+    def test_not_under_hooks(self, reused):
+        units, x = [basic(), basic()], batch()
+        kept = []
+
+        def pack(t):
+            kept.append((t, t.detach().clone()))
+            return len(kept) - 1
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: kept[i][0]):
+            out = residual_units(x, units)
+        out.sum().backward()
+        assert reused == [False] and all(torch.equal(t, before) for t, before in kept)
+        checkpoint(lambda x: residual_units(x, units), x, use_reentrant=False).sum().backward()
+        assert reused == [False, False]
+
+    def test_second_derivative(self, reused, one_by_one):
+        units, x = [basic(4, dtype=torch.float64)], batch(4, dtype=torch.float64)
+
+        def penalty():
+            (gradient,) = torch.autograd.grad(residual_units(x, units).square().sum(), x, create_graph=True)
+            return torch.autograd.grad(gradient.square().sum(), x)
+
+        whole = penalty()
+        assert True not in reused[:-1]  # the last use may
+        one_by_one(True)
+        torch.testing.assert_close(whole, penalty(), rtol=1e-9, atol=1e-9)
+
+    def test_a_backward_that_fails_cannot_be_repeated(self, monkeypatch):
+        """Half of what was saved may have been written over."""
+        units, x = [basic(), basic()], batch()
+        out = residual_units(x, units)
+        original = whole_unit.backward_operator
+
+        def failing(*args):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(whole_unit, "backward_operator", lambda *args: (failing, original(*args)[1]))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            out.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            out.sum().backward()
+
+
 class TestStage:
     """nn.PreActStage uses it."""
 
@@ -454,7 +546,7 @@ class TestStage:
         seen = []
         handle = stage[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
         stage(x)
-        assert nodes == [1, 2] and len(seen) == 1  # the first by itself, the second as a module, two as one
+        assert nodes == [1, 1, 2] and len(seen) == 1  # the first by itself, the second as a module, two as one
         handle.remove()
         nodes.clear()
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
@@ -462,7 +554,7 @@ class TestStage:
             stage(x)
         finally:
             handle.remove()
-        assert nodes == [] and all(any(module is unit for module in seen) for unit in stage)
+        assert nodes == [1] * 4 and all(any(module is unit for module in seen) for unit in stage)
 
     def test_other_forward(self, nodes):
         class Mine(rf.nn.PreActBasicBlock):
@@ -472,7 +564,7 @@ class TestStage:
 
         stage = rf.nn.PreActStage(rf.nn.PreActBasicBlock(8, 8), Mine(8, 8), rf.nn.PreActBasicBlock(8, 8))
         stage(batch(8))
-        assert nodes == [1, 1]  # around the other one
+        assert nodes == [1, 1, 1]  # around the other one, and in it
         stage = self.stage()
         stage[2].forward = lambda x, *args: x
         nodes.clear()

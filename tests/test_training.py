@@ -24,7 +24,7 @@ from resnet_fused.training.datasets import ImageDataset
 from resnet_fused.training.errors import UserError
 from resnet_fused.training.interrupt import interrupt_later
 from resnet_fused.training.loop import evaluate, train_step
-from resnet_fused.training.memory import peak_allocated_bytes, saved_activation_bytes
+from resnet_fused.training.memory import peak_activation_bytes, peak_allocated_bytes, saved_activation_bytes
 from resnet_fused.training.schedules import make_schedule
 
 # --- schedules ---
@@ -245,6 +245,24 @@ def test_saved_activation_bytes():
     x = torch.randn(100, 64)
     # x, and the output of the sigmoid once, though two nodes save it; no parameter
     assert saved_activation_bytes(lambda: model(x).sum(), model) == 100 * 64 * 4 + 100 * 32 * 4
+
+
+def test_peak_activation_bytes():
+    """A linear layer and a square: at the peak y, its gradient (and 2 y beside it for a moment); of the weight's
+    gradient nothing."""
+    weight = torch.nn.Parameter(torch.randn(1 << 10, 1 << 10))
+    x, one = torch.randn(1 << 6, 1 << 10), 1 << 8
+
+    def step():
+        torch.nn.functional.linear(x, weight).square().sum().backward()
+
+    step()
+    gradient = weight.grad.clone()
+    with_gradient = peak_allocated_bytes(lambda: (setattr(weight, "grad", None), step()))
+    size_of_y, size_of_gradient = 4 * (1 << 16), weight.numel() * 4
+    without = peak_activation_bytes(step, [weight])
+    assert 2 * size_of_y <= without <= 4 * size_of_y + one < size_of_gradient <= with_gradient
+    assert torch.equal(weight.grad, gradient)
 
 
 def test_peak_allocated_bytes():

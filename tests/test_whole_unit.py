@@ -1,4 +1,5 @@
-"""A whole unit by one C++ operator: the same to the bit as by its primitives, and when it runs."""
+"""A whole unit by one C++ operator, in the dispatcher's operator: the same to the bit as by its primitives, and when it
+runs. Without the dispatcher: test_residual_units.py."""
 
 import contextlib
 import itertools
@@ -6,17 +7,22 @@ import itertools
 import plain
 import pytest
 import torch
-from test_residual_unit import UNITS, conv, fused, gradients, unit
+from test_residual_unit import UNITS, conv, gradients, unit
 
 import resnet_fused as rf
 from resnet_fused import primitives
 from resnet_fused.functional import BatchNormArgs
 from resnet_fused.ops import running_stats, whole_unit
+from resnet_fused.ops.residual_unit import residual_unit_by_dispatcher
 
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread")
+
+
+def fused(x, norms, convs, shortcut=None, slope=0.0, **options):
+    return residual_unit_by_dispatcher(x, norms, convs, shortcut=shortcut, negative_slope=slope, **options)
 
 
 @pytest.fixture

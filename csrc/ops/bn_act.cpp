@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> preact_backward(const Tensor& dout, const Tensor& x, 
                                            double slope, bool pool, bool into_dout) {
   auto [dz, sums] = backward(dout, x, bn, std::nullopt, slope, pool, into_dout);
   const int64_t count = x.size(0) * x.size(2) * x.size(3);
-  return {preact_apply(dz, x, finalize_backward(sums, bn, count, training), std::nullopt, true), sums};
+  return {preact_apply(dz, x, finalize_backward(sums, bn, count, training), std::nullopt, ApplyInto::dz), sums};
 }
 
 }  // namespace

@@ -4,14 +4,14 @@
 namespace resnet_fused {
 
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                    const std::optional<Tensor>& dskip, bool into_dz) {
+                    const std::optional<Tensor>& dskip, ApplyInto into) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
   const Tensor rows = check_acc(coefficients, "coefficients", 4, input.c, input.dtype);
-  const Tensor dx = into_dz && may_overwrite(input)
-                        ? dz
-                        : empty_activation(input.n, input.c, input.h, input.w, input.dtype);
+  const Tensor dx = into == ApplyInto::neither || !may_overwrite(input)
+                        ? empty_activation(input.n, input.c, input.h, input.w, input.dtype)
+                        : into == ApplyInto::dz ? dz : x;
   if (input.numel() == 0) return dx;
   const PreactApplyParams params{input.pixels(),        input.c,
                                  gradient.data,         input.data,
@@ -23,7 +23,7 @@ Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficient
 
 static Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                               const std::optional<Tensor>& dskip) {
-  return preact_apply(dz, x, coefficients, dskip, false);
+  return preact_apply(dz, x, coefficients, dskip, ApplyInto::neither);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {

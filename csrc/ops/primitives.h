@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "apply_into.h"
 #include "tensor.h"
 
 namespace resnet_fused {
@@ -67,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
                                                                     double slope, bool want_bias,
                                                                     bool into_dz_in);
 
-// into_dz: the result may take dz's memory.
+// The result may take the memory that `into` says.
 Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                    const std::optional<Tensor>& dskip, bool into_dz);
+                    const std::optional<Tensor>& dskip, ApplyInto into);
 
 }  // namespace resnet_fused

@@ -75,8 +75,8 @@ class CpuUnit {
   }
 
   Tensor preact_apply(const Tensor& dz, const Tensor& h, const Tensor& coefficients,
-                      const std::optional<Tensor>& dskip) const {
-    return resnet_fused::preact_apply(dz, h, coefficients, dskip, true);
+                      const std::optional<Tensor>& dskip, ApplyInto into) const {
+    return resnet_fused::preact_apply(dz, h, coefficients, dskip, into);
   }
 
  private:

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "apply_into.h"
 #include "errors.h"
 
 namespace resnet_fused {
@@ -178,12 +179,14 @@ struct UnitGradients {
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
 //   gradients(i, dy, h, bn, dz_in, its sums, needs, centre) with the coefficients of BatchNorm's backward if `centre`; dz may
 //     take the memory of dz_in;
-//   preact_apply(dz, h, coefficients, dskip); finish_backward().
-// dout: none if nothing is needed.
+//   preact_apply(dz, h, coefficients, dskip, into) into the memory of dz, or of h; finish_backward().
+// dout: none if nothing is needed. reuse_x, reuse_raw: whether gradients may be written over x, over raw. What a
+// convolution has read is needed no more once its BatchNorm's backward has run: dz is then freed in its place, and one
+// tensor less is alive beside what was saved.
 template <typename Backend>
 UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const std::optional<Tensor>& dout,
                                     const Tensor& x, const TensorList& raw, const TensorList& bns,
-                                    const UnitMask& mask) {
+                                    const UnitMask& mask, bool reuse_x, bool reuse_raw) {
   const size_t n = unit.size();
   if (dout) backend.begin_backward(mask);
   const auto needs = [&](size_t i, bool below) { return UnitNeeds{below, mask.weight(i), mask.bias(i)}; };
@@ -207,7 +210,8 @@ UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const st
     if (onwards) {
       std::optional<Tensor> dskip;
       if (i == 0 && !unit.projects) dskip = dout;
-      dy = backend.preact_apply(*g.dz, h, *g.coefficients, dskip);
+      const bool reuse = i == 0 ? reuse_x : reuse_raw;
+      dy = backend.preact_apply(*g.dz, h, *g.coefficients, dskip, reuse ? ApplyInto::x : ApplyInto::dz);
     }
     if (mask.norm(i)) sums[i] = std::move(g.sums);
   }

@@ -19,6 +19,7 @@
 //   size 0 where it came as an argument or is not needed.
 // output_mask: x; the weights, then the biases of the BatchNorms; those of the convolutions; of the shortcuts. The gradients
 //   that it asks for come in this order, those of a BatchNorm (in the acc dtype) as rows of one tensor, the bias' first.
+// reuse_raw: gradients may be written over raw, which nobody reads afterwards.
 // combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
 // gradients,
 //   where both are needed.
@@ -31,10 +32,10 @@
   " bool want_raw)"                                                                                         \
   " -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
 #define RF_UNITS_BACKWARD_SCHEMA                                                                            \
-  "residual_units_backward(Tensor dout, Tensor x, Tensor[] raw, Tensor[] bns, Tensor[] weights,"            \
+  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor[] bns, Tensor[] weights,"        \
   " Tensor?[] shortcut_weights, bool[] training, float negative_slope, int[] strides, int[] paddings,"      \
   " int[] dilations, int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask,"              \
-  " bool[] combined) -> Tensor[] gradients"
+  " bool[] combined, bool reuse_raw) -> Tensor[] gradients"
 
 namespace resnet_fused {
 
@@ -145,7 +146,7 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
                                    double slope, const IntList& strides, const IntList& paddings,
                                    const IntList& dilations, const IntList& groups,
                                    const IntList& shortcut_strides, const IntList& lengths,
-                                   const BoolList& output_mask, const BoolList& combined) {
+                                   const BoolList& output_mask, const BoolList& combined, bool reuse_raw) {
   const size_t n = weights.size(), count = lengths.size();
   const OptionalTensorList none(n);
   const std::vector<Unit> units =
@@ -189,7 +190,7 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
     auto of_unit = residual_unit_backward(
         backend, unit, needed ? std::optional<Tensor>(dx) : std::nullopt, h,
         TensorList(raw.begin() + begin, raw.begin() + end - 1),
-        TensorList(bns.begin() + begin, bns.begin() + end), UnitMask(mask, size));
+        TensorList(bns.begin() + begin, bns.begin() + end), UnitMask(mask, size), begin > 0 && reuse_raw, reuse_raw);
     auto& [unit_dx, unit_sums, unit_dweights, unit_dbiases, dshortcut_weight, dshortcut_bias] = of_unit;
     for (size_t i = begin; i < end; ++i) {
       for (const size_t kind : {gammas, betas})

@@ -5,7 +5,8 @@
 * peak: the most bytes that tensors take at any moment of forward and backward, temporaries included.
 * resident: by how much the process grows (resident set) while it trains: what the system really has to give.
 
-None counts parameters, gradients, the optimizer's state or the batch: all are there before counting begins.
+None counts parameters, the optimizer's state or the batch, which are there before counting begins, nor the
+parameters' gradients, which are as large for every contender.
 
 The first two count tensors and come out the same on every machine. They are taken with
 RESNET_FUSED_CPU_POOL_MB=0, which lets our kernels take every output from PyTorch's allocator, whose events
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.memory import peak_allocated_bytes, saved_activation_bytes
+from ..training.memory import peak_activation_bytes, peak_allocated_bytes, saved_activation_bytes
 from ..training.own_process import json_from_process
 from .benchmark_net import BenchmarkNet
 from .modes import MODES, Run, start
@@ -73,9 +74,9 @@ def tensor_bytes(step: Run) -> tuple[int, int]:
     if not isinstance(step, TrainingStep):
         step()
         return 0, peak_allocated_bytes(step)
-    step.forward_backward()  # the gradients stay: they are there from now on, as is what a first call makes
+    step.forward_backward()  # what a first call makes is there from now on
     saved = saved_activation_bytes(step.forward, step.model, (step.images, step.labels))
-    return saved, peak_allocated_bytes(step.forward_backward)
+    return saved, peak_activation_bytes(step.forward_backward, step.model.parameters())
 
 
 def _proc_status(field: str) -> int | None:

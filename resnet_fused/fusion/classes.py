@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 __all__ = [
-    "POOL", "ROWS", "UNIT", "exchange", "is_fused", "original_class", "plain_forward", "restore",
+    "CONVOLUTION", "POOL", "ROWS", "UNIT", "exchange", "is_fused", "original_class", "restore",
     "restore_all", "serves",
 ]  # fmt: skip
 
 UNIT, ROWS = "a fused unit", "a Sequential that runs rows of fused units"
 POOL = "a max pool that keeps one byte per output"
+CONVOLUTION = "a convolution outside of units"
 
 _forwards: dict[str, Callable] = {}
 _classes: dict[tuple[type, str], type] = {}
@@ -48,11 +49,6 @@ def is_fused(module: nn.Module) -> bool:
 def original_class(module: nn.Module) -> type:
     """The class that the user gave a module."""
     return getattr(type(module), "_original_class", type(module))
-
-
-def plain_forward(module: nn.Module) -> Callable:
-    """The forward of a module's class as the user wrote it."""
-    return getattr(type(module), "_plain_forward", type(module).forward)
 
 
 def exchange(module: nn.Module, kind: str) -> None:

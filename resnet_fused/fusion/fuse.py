@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .analysis import analyze
-from .classes import POOL, ROWS, is_fused, restore_all
+from .classes import CONVOLUTION, POOL, ROWS, is_fused, restore_all
+from .convolutions import exchange_convolutions
 from .pools import exchange_pools
 from .rows import exchange_sequentials
 from .unit import convert, restore, state_of
@@ -31,8 +32,9 @@ def fuse(
     attributes are called, and so are residual additions and projections of the pre-activation. Modules,
     parameters, buffers, names, hooks, training flags and references of an optimizer stay what they are; a
     unit's class becomes a subclass of itself, and so does that of an ``nn.Sequential`` in which units follow
-    one another, which then share autograd nodes, and of an ``nn.MaxPool2d``, which then keeps one byte per
-    output for backward. What cannot be shown to be equal is left alone
+    one another, which then share autograd nodes, of an ``nn.MaxPool2d``, which then keeps one byte per
+    output for backward, and of an ``nn.Conv2d`` outside of units (a stem, a classifier), which this package's
+    kernels then run on the CPU. What cannot be shown to be equal is left alone
     (:func:`explain` says why). A unit reads its parameters and settings when it is called; where its layers
     have been changed (hooks, other classes, other attributes) it is looked at anew. Under torch.compile,
     torch.export, torch.jit.trace, torch.func and forward-mode AD the original forward runs.
@@ -41,7 +43,8 @@ def fuse(
         model: any module.
         memory_format: format that 4-D parameters are brought to; channels_last is the fast one. None leaves
             them.
-        filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit, or this max pool, alone.
+        filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit, this max pool, or this
+            convolution outside of units, alone.
         strict: raise if a norm, an activation and a convolution that follow one another are left alone.
 
     Returns:
@@ -58,7 +61,7 @@ def fuse(
     if strict and refused:
         lines = [f"  {norm.name}: {norm.reason}" for norm in refused]
         raise RuntimeError("\n".join([f"fuse(strict=True): {len(refused)} norms were left alone", *lines]))
-    restore_all(model, ROWS, POOL)
+    restore_all(model, ROWS, POOL, CONVOLUTION)
     for module in model.modules():
         if is_fused(module) and module not in found.units:
             restore(module)
@@ -68,6 +71,7 @@ def fuse(
     exchange_sequentials(model)
     if found.units:  # a model with nothing else to fuse stays as it is
         exchange_pools(model, filter_fn)
+        exchange_convolutions(model, found, filter_fn)
     if memory_format is not None:
         strides = model.__dict__.setdefault(_STRIDES, {})
         before = {name: value.stride() for name, value in _tensors(model) if value.dim() == 4}
@@ -84,7 +88,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Returns:
         model, in place; its ``state_dict`` is that of a model that has never been fused, byte for byte.
     """
-    restore_all(model, ROWS, POOL)
+    restore_all(model, ROWS, POOL, CONVOLUTION)
     for module in model.modules():
         if is_fused(module):
             restore(module)

@@ -11,7 +11,7 @@ import sys
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ..nn.units import has_hooks
+from ..nn.units import has_hooks, plain_forward
 
 __all__ = [
     "activation_slope",
@@ -118,7 +118,7 @@ def conv_refusal(module: nn.Module) -> str | None:
     if not _own_parameters(module):
         return f"{name} has a computed weight"
     if (
-        type(module).forward is not nn.Conv2d.forward
+        plain_forward(module) is not nn.Conv2d.forward
         or type(module)._conv_forward is not nn.Conv2d._conv_forward
     ):
         return f"{name} has a forward of its own"

@@ -18,8 +18,8 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..nn.units import has_hooks
-from .classes import is_fused, original_class, plain_forward
+from ..nn.units import has_hooks, plain_forward
+from .classes import is_fused, original_class
 from .guards import Attributes, Untraceable, random_state, refuse_side_effects
 from .leaves import is_norm
 

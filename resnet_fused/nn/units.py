@@ -19,7 +19,7 @@ float32; behind a convolution, as in a net, the two are alike.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn import functional as nnF
@@ -55,6 +55,11 @@ def has_global_hooks() -> bool:
     )
 
 
+def plain_forward(module: nn.Module) -> Callable:
+    """The forward of a module's class as the user wrote it; ``fuse`` exchanges classes."""
+    return getattr(type(module), "_plain_forward", type(module).forward)
+
+
 def is_fusable(module: nn.Module) -> bool:
     """Whether ``module`` computes nothing but a 2-D batch norm, or a convolution padded with zeros."""
     if has_hooks(module) or "forward" in module.__dict__:
@@ -63,7 +68,7 @@ def is_fusable(module: nn.Module) -> bool:
         return type(module).forward is _BatchNorm.forward
     return (
         isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
+        and plain_forward(module) is nn.Conv2d.forward
         and type(module)._conv_forward is nn.Conv2d._conv_forward
         and module.padding_mode == "zeros"
     )
@@ -218,18 +223,19 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     return conv2d_stats(conv, x)
 
 
+_CONV_OPTIONS = F.ConvArgs._fields[2:]
+
+
 def conv2d_stats(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """``conv(x)`` and the statistics of it; ``conv`` is one that the operator takes."""
-    args = conv_args(conv)
-    return F.conv2d_stats(
-        x,
-        args.weight,
-        args.bias,
-        stride=args.stride,
-        padding=args.padding,
-        dilation=args.dilation,
-        groups=args.groups,
-    )
+    weight, bias, *options = conv_args(conv)
+    return F.conv2d_stats(x, weight, bias, **dict(zip(_CONV_OPTIONS, options, strict=True)))
+
+
+def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)``; ``conv`` is one that the operator takes."""
+    weight, bias, *options = conv_args(conv)
+    return F.conv2d(x, weight, bias, **dict(zip(_CONV_OPTIONS, options, strict=True)))
 
 
 def pooled_norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:

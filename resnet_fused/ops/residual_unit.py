@@ -332,7 +332,7 @@ def known_geometry(convs: Sequence[ConvArgs], shortcut: ConvArgs | None) -> tupl
     return known
 
 
-def residual_unit(
+def residual_unit_by_dispatcher(
     x: Tensor,
     norms: Sequence[BatchNormArgs],
     convs: Sequence[ConvArgs],
@@ -342,25 +342,8 @@ def residual_unit(
     x_stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A pre-activation residual unit: ``s + conv_n(act(bn_n(... conv_1(act(bn_1(x))))))``.
-
-    Args:
-        x: [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout.
-        norms, convs: the BatchNorms and the convolutions in order, as many of one as of the other: 2 in a
-            basic unit, 3 in a bottleneck. 'same' padding needs odd kernels here.
-        shortcut: None: s = x, and the convolutions must keep x's size. Else s = conv(act(bn_1(x))), a
-            projection of the unit's first pre-activation: padding 0, dilation 1, groups 1.
-        negative_slope: 0 is ReLU, more is LeakyReLU.
-        x_stats: mean and M2 of exactly this x, [2, C], as the unit before returned them.
-        return_stats: return the statistics of the output too, for the next unit.
-
-    Returns:
-        out [N, K, P, Q], channels_last if x or a weight is, else contiguous; or (out, its statistics, [2, K]
-        in float32, float64 for float64).
-
-    Raises:
-        ValueError, RuntimeError: as nn.BatchNorm2d, nn.Conv2d and the addition do for the same arguments.
-    """
+    """:func:`~resnet_fused.functional.residual_unit` by torch.ops.resnet_fused.residual_unit, for whatever
+    has to see the dispatcher's operator: the same arguments, results and errors."""
     strides, paddings, dilations, groups, shortcut_stride = known_geometry(convs, shortcut)
     columns = zip(*norms, strict=True) if norms else ((),) * len(BatchNormArgs._fields)
     bn_weights, bn_biases, running_means, running_vars, training, _, eps, _ = columns

@@ -93,7 +93,7 @@ def _backward(*args):
     found = operator(
         channels_last(a.dout), channels_last(a.x), raw, a.bns, a.weights, [a.shortcut_weight], a.training,
         a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
-        needs, combined,
+        needs, combined, False,
     )  # fmt: skip
     return _by_kind(a, mask, iter(found))
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .residual_unit import residual_unit
+from .arguments import BatchNormArgs, ConvArgs
+from .residual_unit import residual_unit_by_dispatcher
 from .unit_node import UnitArgs
 from .unit_node import run_in_one_node as _one_node
 
@@ -22,6 +23,39 @@ from .unit_node import run_in_one_node as _one_node
 #: node of its own: its input is larger than what is saved for the units behind it.
 MOST = 16
 SHARE = 2
+
+
+def residual_unit(
+    x: Tensor,
+    norms: Sequence[BatchNormArgs],
+    convs: Sequence[ConvArgs],
+    *,
+    shortcut: ConvArgs | None = None,
+    negative_slope: float = 0.0,
+    x_stats: Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A pre-activation residual unit: ``s + conv_n(act(bn_n(... conv_1(act(bn_1(x))))))``.
+
+    Args:
+        x: [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout.
+        norms, convs: the BatchNorms and the convolutions in order, as many of one as of the other: 2 in a
+            basic unit, 3 in a bottleneck. 'same' padding needs odd kernels here.
+        shortcut: None: s = x, and the convolutions must keep x's size. Else s = conv(act(bn_1(x))), a
+            projection of the unit's first pre-activation: padding 0, dilation 1, groups 1.
+        negative_slope: 0 is ReLU, more is LeakyReLU.
+        x_stats: mean and M2 of exactly this x, [2, C], as the unit before returned them.
+        return_stats: return the statistics of the output too, for the next unit.
+
+    Returns:
+        out [N, K, P, Q], channels_last if x or a weight is, else contiguous; or (out, its statistics, [2, K]
+        in float32, float64 for float64).
+
+    Raises:
+        ValueError, RuntimeError: as nn.BatchNorm2d, nn.Conv2d and the addition do for the same arguments.
+    """
+    units = [UnitArgs(norms, convs, shortcut, negative_slope)]
+    return residual_units(x, units, x_stats=x_stats, return_stats=return_stats)
 
 
 def residual_units(
@@ -68,7 +102,7 @@ def _rows(units: list[UnitArgs]) -> list[list[UnitArgs]]:
 def _one_by_one(units: Sequence[UnitArgs], x: Tensor, x_stats: Tensor | None, return_stats: bool):
     for unit, following in zip(units, [*units[1:], None]):
         wanted = return_stats if following is None else following.uses_batch_statistics()
-        out = residual_unit(
+        out = residual_unit_by_dispatcher(
             x, unit.norms, unit.convs, shortcut=unit.shortcut, negative_slope=unit.negative_slope,
             x_stats=x_stats, return_stats=wanted,
         )  # fmt: skip

@@ -8,11 +8,13 @@ between Python and C++ does not.
 """
 
 from collections.abc import Sequence
+from sys import getrefcount
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from resnet_fused.primitives import dispatch
 from resnet_fused.primitives.layout import (
@@ -25,7 +27,7 @@ from resnet_fused.primitives.registration import below_autograd, is_ordinary
 
 from . import autocast, running_stats, whole_unit
 from .arguments import BatchNormArgs, ConvArgs
-from .residual_unit import check_unit, known_geometry, residual_unit
+from .residual_unit import check_unit, known_geometry, residual_unit_by_dispatcher
 from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, count_of
 
 
@@ -178,7 +180,7 @@ def _check(x: Tensor, x_stats: Tensor | None, units: Sequence[UnitArgs]) -> None
 def _has_to_see_units(x: Tensor) -> bool:
     """Whether something looks on that the units have to come to one by one."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or not is_ordinary(x)
         or forward_ad._current_level >= 0
         or dispatch.is_recorded()
@@ -201,7 +203,9 @@ def run_in_one_node(
     if (
         _has_to_see_units(x)
         or x.dim() != 4
-        or any([len(unit.norms) != len(unit.convs) or unit.negative_slope != slope for unit in units])
+        or any(
+            [not len(unit.norms) == len(unit.convs) > 0 or unit.negative_slope != slope for unit in units]
+        )
     ):
         return None
     if torch.is_autocast_enabled(x.device.type):
@@ -254,6 +258,11 @@ def run_in_one_node(
     return out, out_stats if return_stats else None
 
 
+# References to a tensor that only the list has that it is counted in. Whoever else holds what was saved (by
+# grad_fn.saved_tensors, say) keeps it as it is.
+_NOT_SHARED = max(map(getrefcount, [torch.empty(0)]))
+
+
 class _ResidualUnits(Function):
     """Lists come flattened: autograd sees only tensors that are arguments. As in residual_unit, only out is
     given through autograd."""
@@ -264,6 +273,8 @@ class _ResidualUnits(Function):
         others += out_stats, stats
         ctx.plan = plan
         ctx.save_for_backward(x, *raw, *bns, *parameters)
+        # The user's hooks, as of activation checkpoints, may keep what they are given.
+        ctx.owns_raw = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.set_materialize_grads(False)
         return out
 
@@ -274,12 +285,19 @@ class _ResidualUnits(Function):
             return (None,) * (3 + len(needs))
         plan, (x, *saved) = ctx.plan, ctx.saved_tensors
         n = plan.sizes[0]
+        last_use = ctx.owns_raw and not (
+            torch._C._autograd._get_current_graph_task_keep_graph() or is_compiling()
+        )
+        if last_use:
+            ctx.maybe_clear_saved_tensors()  # a second backward raises, even if this one fails half-way
         parameters = saved[2 * n - 1 :]
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable_gradients(plan, dout, x, parameters, needs)
         # The user's hooks for saved tensors may have given them another layout.
         x, *raw = [channels_last(t) for t in (x, *saved[: n - 1])]
         bns = saved[n - 1 : 2 * n - 1]
+        del saved
+        reuse_raw = last_use and max(map(getrefcount, raw), default=0) <= _NOT_SHARED
         operator, combined = whole_unit.backward_operator(
             ("residual_units_backward", plan, *needs), x, plan.shapes, needs
         )
@@ -290,7 +308,7 @@ class _ResidualUnits(Function):
             found = iter(
                 operator(
                     channels_last(dout), x, raw, bns, weights, shortcut_weights, *plan.backward_options,
-                    needs, combined,
+                    needs, combined, reuse_raw,
                 )
             )  # fmt: skip
         gradients = [next(found) if needed else None for needed in needs]
@@ -341,7 +359,7 @@ def _differentiable_gradients(
         x, *parameters = (None if t is None else t.view_as(t) for t in (x, *parameters))
         h = x
         for unit in plan.with_parameters(parameters):
-            h = residual_unit(
+            h = residual_unit_by_dispatcher(
                 h, unit.norms, unit.convs, shortcut=unit.shortcut, negative_slope=unit.negative_slope
             )
         inputs = [t for t, needed in zip((x, *parameters), needs, strict=True) if needed]

@@ -1,4 +1,4 @@
-"""Memory of a training step, measured in two ways that check each other."""
+"""Memory of a training step, measured in ways that check each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["peak_allocated_bytes", "saved_activation_bytes"]
+__all__ = ["peak_activation_bytes", "peak_allocated_bytes", "saved_activation_bytes"]
 
 
 def saved_activation_bytes(
@@ -60,15 +61,47 @@ def peak_allocated_bytes(step: Callable[[], object], device: torch.device | str 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
 
+    return _peak(_allocations(step))
+
+
+def peak_activation_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """:func:`peak_allocated_bytes` on the CPU without the gradients of ``parameters``: activations, their
+    gradients and temporaries.
+
+    ``step()`` is forward and backward. It begins without gradients, as after ``zero_grad(set_to_none=True)``:
+    those that it leaves behind are then the very tensors that backward made, and are left out from the moment
+    at which they were allocated.
+    """
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.grad = None
+    allocations = _allocations(step)
+    left = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
+    last = {address: index for index, (address, size) in enumerate(allocations) if size > 0}
+    gradients = {last[address] for address in left if address in last}
+    return _peak(allocation for index, allocation in enumerate(allocations) if index not in gradients)
+
+
+def _allocations(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """(address, bytes) of all that ``step()`` allocated and, negative, freed on the CPU, in order."""
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "6"
     )  # read at the first use; PyTorch's profiler prints to stderr otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+    found, events = [], list(recorded.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    found.sort(key=lambda allocation: allocation[0])
+    return [(address, size) for _, address, size in found]
+
+
+def _peak(allocations: Iterable[tuple[int, int]]) -> int:
     current = peak = 0
-    for event in events:
-        current += event.nbytes()
+    for _, size in allocations:
+        current += size
         peak = max(peak, current)
     return peak

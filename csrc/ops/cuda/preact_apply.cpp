@@ -6,13 +6,15 @@ namespace cuda {
 
 Tensor preact_apply_of(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                        const std::optional<Tensor>& dskip, const std::vector<WeightMerge>& merges,
-                       bool into_dz) {
+                       ApplyInto into) {
   const Activation input = check_activation(x, "input");
   const Activation gradient = check_activation_like(dz, "dz", input, "input");
   if (dskip) check_activation_like(*dskip, "dskip", input, "input");
   const Target target(x);
   const Tensor rows = check_matrix(coefficients, "coefficients", 4, input.c);
-  const Tensor dx = into_dz ? dz : empty_activation(input.n, input.c, input.h, input.w, input.dtype, x);
+  const Tensor dx = into == ApplyInto::dz  ? dz
+                    : into == ApplyInto::x ? x
+                                           : empty_activation(input.n, input.c, input.h, input.w, input.dtype, x);
   if (input.numel() == 0) return dx;
   const PreactApplyParams params{input.pixels(),       input.c,          gradient.data(),
                                  input.data(),         float_data(rows), optional_data(dskip),
@@ -28,7 +30,7 @@ namespace {
 
 Tensor preact_apply_op(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                        const std::optional<Tensor>& dskip) {
-  return preact_apply_of(dz, x, coefficients, dskip, {}, false);
+  return preact_apply_of(dz, x, coefficients, dskip, {}, ApplyInto::neither);
 }
 
 }  // namespace

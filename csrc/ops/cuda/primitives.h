@@ -2,6 +2,7 @@
 // convolutions in one launch and takes the finalize steps along.
 #pragma once
 
+#include "../apply_into.h"
 #include "tensor.h"
 
 namespace resnet_fused {
@@ -52,10 +53,10 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad_of(const Tensor& dy, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_of(
     const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn,
     const std::optional<Tensor>& dz_in, double slope, bool want_bias, const Prepared& prepared);
-// into_dz: the result takes dz's memory; every element is read and written by one thread.
+// The result takes the memory that `into` says: every element is read and written by one thread.
 Tensor preact_apply_of(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
                        const std::optional<Tensor>& dskip, const std::vector<WeightMerge>& merges,
-                       bool into_dz);
+                       ApplyInto into);
 
 }  // namespace cuda
 }  // namespace resnet_fused

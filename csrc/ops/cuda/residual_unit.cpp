@@ -134,8 +134,8 @@ class CudaUnit {
   }
 
   Tensor preact_apply(const Tensor& dz, const Tensor& h, const Tensor& coefficients,
-                      const std::optional<Tensor>& dskip) {
-    Tensor dx = preact_apply_of(dz, h, coefficients, dskip, merges_, true);
+                      const std::optional<Tensor>& dskip, ApplyInto into) {
+    Tensor dx = preact_apply_of(dz, h, coefficients, dskip, merges_, into);
     merges_.clear(), partials_.clear();
     return dx;
   }

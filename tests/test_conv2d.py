@@ -1,13 +1,16 @@
-"""functional.conv2d_stats: a plain convolution and the statistics of its output."""
+"""functional.conv2d and conv2d_stats: a plain convolution, and one with the statistics of its output."""
+
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fuse_cases import CifarBlock
 from tolerances import GRADCHECK, STATS_EPS, assert_trusted
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.functional import conv2d_stats
+from resnet_fused.functional import conv2d, conv2d_stats
 
 CL = torch.channels_last
 #: (x, weight, options): stems of CIFAR and ImageNet nets, the first convolution of a bottleneck, dilation.
@@ -16,6 +19,7 @@ CASES = {
     "imagenet": ((2, 3, 20, 23), (20, 3, 7, 7), {"stride": 2, "padding": 3}),
     "bottleneck": ((2, 40, 6, 5), (24, 40, 1, 1), {}),
     "strided 1x1": ((2, 20, 7, 7), (24, 20, 1, 1), {"stride": (2, 2)}),
+    "classifier": ((6, 40, 1, 1), (35, 40, 1, 1), {}),
     "dilated": ((2, 17, 9, 9), (5, 17, 3, 3), {"padding": 2, "dilation": 2}),
 }
 pytestmark = pytest.mark.usefixtures("cpu_library")
@@ -65,6 +69,59 @@ def test_against_conv2d(case, dtype):
         assert_trusted(*values, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_conv2d_with_a_bias(case, dtype):
+    """The input's gradient of a 1x1 without stride is by our kernels, too."""
+    x, weight, options = make(case, dtype)
+    bias = torch.randn(weight.shape[0]).to(dtype).requires_grad_()
+    y, ran = primitives(lambda: conv2d(x, weight, bias, **options))
+    assert ran == ["preact_conv_forward"]
+    plain = F.conv2d(x, weight, bias, **options)
+    assert y.dtype == plain.dtype and y.stride() == plain.stride()
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    oracle = F.conv2d(*exact, **options)
+    assert_trusted(y.detach(), plain.detach(), oracle.detach(), "y")
+    dy = torch.randn_like(y)
+    mine, ran = primitives(lambda: gradients(y, (x, weight, bias), dy))
+    assert ran.count("preact_conv_forward") == (case in ("classifier", "bottleneck"))
+    others = gradients(plain, (x, weight, bias), dy), gradients(oracle, exact, dy)
+    for name, *values in zip(("dx", "dweight", "dbias"), mine, *others, strict=True):
+        assert values[0].dtype == values[1].dtype and values[0].shape == values[1].shape
+        assert_trusted(*values, name)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("case", ["cifar", "bottleneck"])
+def test_some_gradients_of_conv2d(case, needed):
+    x, weight, options = make(case, torch.float32)
+    leaves = [x, weight, torch.randn(weight.shape[0]).requires_grad_()]
+    y = conv2d(*leaves, **options)
+    dy = torch.randn_like(y)
+    everything = gradients(y, leaves, dy)
+    given = [t if i in needed else t.detach() for i, t in enumerate(leaves)]
+    some = gradients(conv2d(*given, **options), [leaves[i] for i in needed], dy)
+    for i, gradient in zip(needed, some, strict=True):
+        torch.testing.assert_close(gradient, everything[i])
+
+
+def test_conv2d_under_autocast():
+    """Master weights and a float32 bias, as nn.Conv2d has them."""
+    x, weight, _ = make("bottleneck", torch.float32)
+    bias = torch.randn(weight.shape[0], requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, ran = primitives(lambda: conv2d(x, weight, bias))
+        plain = F.conv2d(x, weight, bias)
+    assert ran == ["preact_conv_forward"] and y.dtype is torch.bfloat16
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight, bias)]
+    oracle, dy = F.conv2d(*exact), torch.randn(y.shape, dtype=y.dtype)
+    results = [gradients(t, ts, dy) for t, ts in ((y, (x, weight, bias)), (plain, (x, weight, bias)), (oracle, exact))]
+    assert_trusted(y.detach(), plain.detach(), oracle.detach(), "y")
+    for name, *values in zip(("dx", "dweight", "dbias"), *results, strict=True):
+        assert values[0].dtype is torch.float32
+        assert_trusted(*values, name)
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(
     "size", [(16, 16, 1, 1), (5, 16, 3, 3), (16, 3, 3, 3), (20, 3, 7, 7), (16, 3, 1, 1), (15, 3, 3, 3)]
@@ -107,6 +164,9 @@ def test_gradcheck(case):
 
     torch.autograd.gradcheck(function, (x, w), **GRADCHECK)
     torch.autograd.gradgradcheck(function, (x, w), **GRADCHECK)
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *args: conv2d(*args, **options), (x, w, bias), **GRADCHECK)
+    torch.autograd.gradgradcheck(lambda *args: conv2d(*args, **options), (x, w, bias), **GRADCHECK)
 
 
 def test_gradient_of_one_of_two():
@@ -125,7 +185,6 @@ class Own(torch.Tensor):
 
 LIBRARY = {
     "NCHW": lambda x, w: conv2d_stats(x.contiguous(), w.contiguous(), padding=1),
-    "bias": lambda x, w: conv2d_stats(x, w, torch.zeros(16), padding=1),
     "groups": lambda x, w: conv2d_stats(x, w[:15, :1], padding=1, groups=3),
     "padding='same'": lambda x, w: conv2d_stats(x, w, padding="same"),
     "an empty batch": lambda x, w: conv2d_stats(x[:0], w, padding=1),
@@ -163,11 +222,15 @@ def test_errors_are_conv2ds():
     for arguments, options in [
         ((x, weight[:, :2]), {}), ((x, weight), {"stride": 0}), ((x, weight), {"padding": -1}),
         ((x, weight.double()), {}), ((x, weight), {"dilation": 9}), ((x, weight[0]), {}),
+        ((x, weight, torch.zeros(16).half()), {}), ((x, weight, torch.zeros(15)), {}),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError) as expected:
             F.conv2d(*arguments, **options)
         with pytest.raises(RuntimeError) as raised:
             conv2d_stats(*arguments, **options)
+        assert str(raised.value) == str(expected.value)
+        with pytest.raises(RuntimeError) as raised:
+            conv2d(*arguments, **options)
         assert str(raised.value) == str(expected.value)
 
 
@@ -203,3 +266,79 @@ def test_first_convolution_of_a_fused_original_unit():
     fused.eval()
     assert primitives(lambda: fused(x))[1].count("preact_conv_forward") == 1
     torch.testing.assert_close(fused(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def stem_and_classifier(**options):
+    """A net whose first and last layers are convolutions, as timm's resnetv2 has them."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, **options), nn.MaxPool2d(2), CifarBlock(16, 16), CifarBlock(16, 16),
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 5, 1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def same_results(one, other, x):
+    results = []
+    for net in (one, other):
+        net.zero_grad()
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class TestFuse:
+    def test_stem_and_classifier(self):
+        plain, fused = stem_and_classifier(), stem_and_classifier()
+        fused.load_state_dict(plain.state_dict())
+        kinds = [type(m) for m in fused.modules()]
+        x = torch.randn(4, 3, 8, 8)
+        _, ran = primitives(lambda: rf.fuse(fused)(x))
+        assert ran.count("preact_conv_forward") == 6
+        fused.load_state_dict(plain.state_dict())
+        same_results(fused, plain, x)
+        assert primitives(lambda: rf.fuse(fused)(x))[1].count("preact_conv_forward") == 6  # once more
+        again = pickle.loads(pickle.dumps(fused))
+        assert primitives(lambda: again(x))[1].count("preact_conv_forward") == 6
+        rf.unfuse(fused)
+        assert [type(m) for m in fused.modules()] == kinds
+        assert primitives(lambda: fused(x))[1] == []
+
+    def test_what_stays_plain(self):
+        x = torch.randn(4, 3, 8, 8)
+
+        def convolutions(net, **options):
+            return primitives(lambda: rf.fuse(net, **options)(x))[1].count("preact_conv_forward")
+
+        net = stem_and_classifier()
+        net[0].register_forward_hook(lambda *_: None)
+        assert convolutions(net) == 5
+        assert convolutions(stem_and_classifier(padding_mode="circular")) == 5
+        assert convolutions(stem_and_classifier(), filter_fn=lambda name, module: name != "5") == 5
+        assert convolutions(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())) == 0  # nothing to fuse
+        # Beside a norm that was left alone.
+        assert convolutions(stem_and_classifier(), filter_fn=lambda name, module: name != "2") == 4
+
+    def test_changed_later(self):
+        """Hooks, a parametrization and another padding mode: as of the layer itself."""
+        x = torch.randn(4, 3, 8, 8)
+        plain, fused = stem_and_classifier(), stem_and_classifier()
+        fused.load_state_dict(plain.state_dict())
+        rf.fuse(fused)
+        seen = []
+        for net in (plain, fused):
+            net[0].register_forward_hook(lambda module, args, y: seen.append(y.detach()))
+            nn.utils.parametrizations.weight_norm(net[5])
+            net[0].padding_mode = "circular"
+            net[0]._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        same_results(fused, plain, x)
+        torch.testing.assert_close(*seen)
+
+    def test_captured(self):
+        net, x = rf.fuse(stem_and_classifier()).eval(), torch.randn(4, 3, 8, 8)
+        expected = net(x)
+        traced = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(traced, expected, rtol=1e-3, atol=1e-4)
+        parameters = dict(net.named_parameters())
+        mapped = torch.func.functional_call(net, parameters, (x,))
+        torch.testing.assert_close(mapped, expected, rtol=1e-3, atol=1e-4)
