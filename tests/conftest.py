@@ -1,20 +1,12 @@
 """Fixtures that several test files share."""
 
 import importlib
-import os
 
 import pytest
 import torch
 
 import resnet_fused as rf
 from resnet_fused import extension
-
-
-# oneDNN's kernel for AVX2 (jit_avx2_1x1_convolution_bwd_weights, in PyTorch 2.13 and 2.15) writes 16 bytes past the
-# weight gradient of a plain 1x1 convolution with stride 2 and 2 or 6 input channels in channels_last, which nets of these
-# tests have. Read when oneDNN first runs; processes that tests start inherit it.
-if torch.backends.cpu.get_cpu_capability() == "AVX2":
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
 
 
 def cpu_levels() -> tuple[str, ...]:

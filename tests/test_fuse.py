@@ -18,7 +18,7 @@ import resnet_fused as rf
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def batch(channels=6, size=8, dtype=torch.float64):
+def batch(channels=10, size=8, dtype=torch.float64):
     return torch.randn(3, channels, size, size, dtype=dtype)
 
 
@@ -149,7 +149,7 @@ def test_a_hook_that_changes_the_output_is_heard():
 class Twice(nn.Module):
     """One norm and one convolution for two places."""
 
-    def __init__(self, channels=6):
+    def __init__(self, channels=10):
         super().__init__()
         self.bn, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, 1, 1)
         self.last = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 1))
@@ -224,7 +224,7 @@ def test_a_module_used_twice():
 
 
 def test_a_unit_used_twice():
-    block = cases.CifarBlock(6, 6)
+    block = cases.CifarBlock(10, 10)
     fused, plain = cases.pair_of(nn.Sequential(block, nn.ReLU(), block))
     cases.assert_same(fused, plain, batch())
     assert convolutions(fused, batch()) == 4
@@ -232,7 +232,7 @@ def test_a_unit_used_twice():
 
 def other_norm(kind):
     model = cases.net(cases.CifarBlock)
-    model[0].bn1 = kind(6)
+    model[0].bn1 = kind(10)
     return model
 
 
@@ -319,7 +319,7 @@ class Printing(cases.CifarBlock):
     (Extra, 2), (Counting, 0), (Recording, 0), (Stochastic, 0), (Branching, 0), (Printing, 0),
 ])  # fmt: skip
 def test_subclasses_with_a_forward_of_their_own(kind, fuses, capsys):
-    fused, plain = cases.pair_of(nn.Sequential(kind(6, 6)))
+    fused, plain = cases.pair_of(nn.Sequential(kind(10, 10)))
     for _ in range(3):
         cases.assert_same(fused, plain, batch())
     assert convolutions(fused, batch()) == fuses
@@ -334,7 +334,7 @@ class InplaceInput(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, 1, 1)
+        self.bn, self.conv = nn.BatchNorm2d(10), nn.Conv2d(10, 10, 3, 1, 1)
 
     def forward(self, x):
         x = x * 1.0
@@ -348,7 +348,7 @@ class SharedInplace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bn, self.conv, self.other = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.bn, self.conv, self.other = nn.BatchNorm2d(10), nn.Conv2d(10, 10, 1), nn.Conv2d(10, 10, 1)
 
     def forward(self, x):
         a = F.relu(self.bn(x))
@@ -362,8 +362,8 @@ class ReluOfTheInput(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv0 = nn.Conv2d(6, 6, 1)
-        self.bn, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, 1, 1)
+        self.conv0 = nn.Conv2d(10, 10, 1)
+        self.bn, self.conv = nn.BatchNorm2d(10), nn.Conv2d(10, 10, 3, 1, 1)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -446,7 +446,7 @@ def test_statistics_travel_between_units():
     with rf.record_dispatch() as log:
         fused(x)
     assert "channel_stats" not in [r.primitive for r in log]
-    chain = nn.Sequential(cases.bn_relu_conv(6, 6), cases.bn_relu_conv(6, 6))
+    chain = nn.Sequential(cases.bn_relu_conv(10, 10), cases.bn_relu_conv(10, 10))
     with rf.record_dispatch() as log:
         rf.fuse(chain)(x.float())
     assert [r.primitive for r in log].count("channel_stats") == 1
@@ -458,7 +458,7 @@ def test_statistics_travel_between_units():
 @pytest.mark.parametrize("projects", [False, True])
 def test_norms_in_front_of_a_fused_addition(projects):
     """They take the statistics that the convolution before them leaves, and their backward is the operator's."""
-    unit = cases.PostActivation(6, 8 if projects else 6, 2 if projects else 1)
+    unit = cases.PostActivation(10, 8 if projects else 10, 2 if projects else 1)
     fused, plain = cases.pair_of(nn.Sequential(unit))
     x = batch()
     with rf.record_dispatch() as log:
@@ -499,7 +499,7 @@ def test_copies_and_pickles_are_fused_and_independent():
 
 
 def test_a_slice_of_a_fused_sequential():
-    fused, plain = cases.pair_of(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Tanh()))
+    fused, plain = cases.pair_of(nn.Sequential(nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 10, 1), nn.Tanh()))
     cases.assert_same(fused[:3], plain[:3], batch())
     cases.assert_same(fused, plain, batch())
 
@@ -509,7 +509,7 @@ def test_autocast_follows_the_plain_model():
     found: dict[str, list] = {}
     for seed in range(8):
         torch.manual_seed(seed)
-        model = cases.randomize(nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), *cases.net(cases.CifarBlock)))
+        model = cases.randomize(nn.Sequential(nn.Conv2d(10, 10, 3, 1, 1), *cases.net(cases.CifarBlock)))
         fused = rf.fuse(copy.deepcopy(model))
         x = batch(dtype=torch.float32)
         exact = cases.step(copy.deepcopy(model).double(), x.double())
@@ -533,7 +533,7 @@ def test_autocast_follows_the_plain_model():
 
 
 def test_compile_func_and_jit_trace_get_the_users_forward():
-    fused, plain = cases.pair_of(nn.Sequential(cases.CifarBlock(6, 6)))
+    fused, plain = cases.pair_of(nn.Sequential(cases.CifarBlock(10, 10)))
     fused.eval(), plain.eval()
     x = batch()
     torch.testing.assert_close(torch.jit.trace(fused, x)(x), plain(x))
@@ -620,7 +620,7 @@ class Joined(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+        self.bn, self.conv = nn.BatchNorm2d(10), nn.Conv2d(10, 4, 1)
 
     def forward(self, parts, scale: float = 1.0, *, skip=None):
         y = self.conv(F.relu(self.bn(torch.cat(parts, 1)))) * scale
@@ -660,12 +660,12 @@ class WritesGlobals(cases.CifarBlock):
 
 
 def test_globals_of_the_users_module(monkeypatch):
-    fused, plain = cases.pair_of(nn.Sequential(ReadsGlobals(6, 6)))
+    fused, plain = cases.pair_of(nn.Sequential(ReadsGlobals(10, 10)))
     cases.assert_same(fused, plain, batch())
     monkeypatch.setitem(globals(), "LIMIT", 3.0)
     cases.assert_same(fused, plain, batch())
     assert convolutions(fused, batch()) == 2
-    fused = rf.fuse(nn.Sequential(WritesGlobals(6, 6)))
+    fused = rf.fuse(nn.Sequential(WritesGlobals(10, 10)))
     SEEN.clear()
     assert convolutions(fused, batch(dtype=torch.float32)) == 0 and SEEN == [1]
 

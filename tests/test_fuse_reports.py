@@ -42,7 +42,7 @@ def test_explain():
     net = nn.Sequential(model(), nn.BatchNorm2d(8), nn.ReLU())
     net[0][2].conv2.register_forward_hook(lambda *_: None)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    found = rf.explain(net, (2, 6, 8, 8))
+    found = rf.explain(net, (2, 10, 8, 8))
     text, tree = str(found), found.as_dict()
     assert max(map(len, text.splitlines())) <= 80
     assert text.startswith("Sequential: 4 of 4 units fuse, 8 of 9 convolutions")
@@ -58,7 +58,7 @@ def test_explain():
     assert conv["input"] == [2, 8, 4, 4] and conv["operator"] == "unit"
     assert conv["backends"].keys() == {"preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad"}
     with rf.use_backend("reference"):
-        assert "[unit: reference]" in str(rf.explain(net, (2, 6, 8, 8)))
+        assert "[unit: reference]" in str(rf.explain(net, (2, 10, 8, 8)))
     assert {k: torch.equal(v, before[k]) for k, v in net.state_dict().items()} == dict.fromkeys(before, True)
     assert rf.explain(net).bytes_saved is None
     rf.fuse(net)
@@ -67,13 +67,13 @@ def test_explain():
 
 def test_the_backend_named_is_the_one_that_runs():
     net = rf.fuse(model())
-    x = torch.randn(2, 6, 8, 8)
+    x = torch.randn(2, 10, 8, 8)
     with rf.record_dispatch() as log:
         net(x).sum().backward()
     ran = {r.primitive: set() for r in log}
     for record in log:
         ran[record.primitive].add(record.backend)
-    for unit in rf.explain(net, (2, 6, 8, 8)).as_dict()["units"]:
+    for unit in rf.explain(net, (2, 10, 8, 8)).as_dict()["units"]:
         for norm in unit["norms"]:
             for conv in norm["convs"]:
                 for primitive, backend in conv["backends"].items():
@@ -83,8 +83,8 @@ def test_the_backend_named_is_the_one_that_runs():
 @pytest.mark.parametrize("name", ["cifar", "cifar-bottleneck", "wide", "keras"])
 def test_bytes_saved_are_those_that_backward_no_longer_keeps(name):
     net = cases.net(cases.UNITS[name][0]).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 6, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
-    promised = rf.explain(net, (2, 6, 16, 16)).bytes_saved
+    x = torch.randn(2, 10, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    promised = rf.explain(net, (2, 10, 16, 16)).bytes_saved
     saved = saved_bytes(net, x) - saved_bytes(rf.fuse(net), x)
     assert saved == promised > 0
 
@@ -106,7 +106,7 @@ def test_explain_of_what_is_fused_already_and_of_bad_arguments():
 @pytest.mark.parametrize("name", cases.UNITS)
 def test_verify_of_every_kind_of_unit(name, training):
     net = cases.randomize(cases.net(cases.UNITS[name][0])).train(training)
-    found = rf.verify(net, torch.randn(4, 6, 16, 16))
+    found = rf.verify(net, torch.randn(4, 10, 16, 16))
     assert found and found.ok, str(found)
     assert found.units == 4 and [kind.name for kind in found.kinds] == [
         "outputs", "input gradients", "parameter gradients", "running statistics"
@@ -116,17 +116,17 @@ def test_verify_of_every_kind_of_unit(name, training):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_verify_in_other_dtypes(dtype):
-    found = rf.verify(model().to(dtype), torch.randn(8, 6, 16, 16, dtype=dtype))
+    found = rf.verify(model().to(dtype), torch.randn(8, 10, 16, 16, dtype=dtype))
     assert found, str(found)
 
 
 def test_verify_leaves_the_model_as_it_was():
     net = rf.fuse(model())
-    net(torch.randn(2, 6, 8, 8)).sum().backward()
+    net(torch.randn(2, 10, 8, 8)).sum().backward()
     state = copy.deepcopy(net.state_dict())
     gradients = {n: p.grad.clone() for n, p in net.named_parameters()}
     classes, drawn = [type(m) for m in net.modules()], torch.get_rng_state()
-    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    x = torch.randn(2, 10, 8, 8, requires_grad=True)
     drawn = torch.get_rng_state()
     assert rf.verify(net, x)
     assert torch.equal(torch.get_rng_state(), drawn) and x.grad is None
@@ -138,7 +138,7 @@ def test_verify_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("wrong", ["outputs", "gradients", "statistics", "nan"])
 def test_verify_finds_what_is_wrong_and_where(wrong, monkeypatch):
-    """One part in a thousand off in one unit of four: the one that takes 6 channels to 8."""
+    """One part in a thousand off in one unit of four: the one that takes 10 channels to 8."""
     original = plan.F.residual_unit
 
     def broken(x, norms, convs, **options):
@@ -156,7 +156,7 @@ def test_verify_finds_what_is_wrong_and_where(wrong, monkeypatch):
             y = y * torch.nan
         return (y, result[1]) if options["return_stats"] else y
 
-    net, x = model(), torch.randn(4, 6, 16, 16)
+    net, x = model(), torch.randn(4, 10, 16, 16)
     assert rf.verify(net, x)
     monkeypatch.setattr(plan.F, "residual_unit", broken)
     found = rf.verify(net, x)
@@ -184,7 +184,7 @@ def test_verify_of_what_it_cannot_compare():
         def forward(self, x, other):
             return {"sum": super().forward(x), "rest": [other * 2, None]}
 
-    assert rf.verify(Two(6, 6), (torch.randn(2, 6, 8, 8), torch.randn(3)))
+    assert rf.verify(Two(10, 10), (torch.randn(2, 10, 8, 8), torch.randn(3)))
 
 
 # --- the commands ---
