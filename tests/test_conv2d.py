@@ -222,7 +222,7 @@ def test_errors_are_conv2ds():
     for arguments, options in [
         ((x, weight[:, :2]), {}), ((x, weight), {"stride": 0}), ((x, weight), {"padding": -1}),
         ((x, weight.double()), {}), ((x, weight), {"dilation": 9}), ((x, weight[0]), {}),
-        ((x, weight, torch.zeros(16).half()), {}), ((x, weight, torch.zeros(15)), {}),
+        ((x.bfloat16(), weight), {}), ((x, weight, torch.zeros(16).half()), {}), ((x, weight, torch.zeros(15)), {}),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError) as expected:
             F.conv2d(*arguments, **options)

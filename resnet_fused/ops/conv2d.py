@@ -120,7 +120,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple, wa
     if isinstance(padding, str) or _is_looked_at(x, weight):
         return None
     geometry = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
-    xc = autocast.cast(x, "cpu") if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" else x
+    xc = x
+    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+        xc = autocast.cast(x, "cpu")
+    elif any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):  # conv2d raises
+        return None
     if not _has_kernel(xc, weight, geometry):
         return None
     if bias is not None and not (
