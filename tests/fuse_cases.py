@@ -197,8 +197,8 @@ UNITS = {
 def net(unit):
     """Four of a kind: equal, projecting with a stride, and two equal ones.
 
-    Not with 2 or 6 channels: oneDNN's kernel for AVX2 (jit_avx2_1x1_convolution_bwd_weights, in PyTorch 2.13 and
-    2.15) writes past the weight gradient of a plain 1x1 convolution with so many and stride 2 in channels_last.
+    Not with less than 8 channels: oneDNN's kernel for AVX2 (jit_avx2_1x1_convolution_bwd_weights, in PyTorch 2.13
+    and 2.15) writes past the weight gradient of a plain 1x1 convolution with 2 to 7 and stride 2 in channels_last.
     """
     return nn.Sequential(unit(10, 10), unit(10, 8, 2), unit(8, 8), unit(8, 8))
 

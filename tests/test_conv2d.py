@@ -136,6 +136,20 @@ def test_whose_weight_gradient(size, dilation):
     assert ran == ["preact_conv_wgrad"] * kernel
 
 
+@pytest.mark.parametrize("channels, stride, kernel", [(7, 2, True), (2, (1, 3), True), (8, 2, False), (7, 1, False)])
+def test_where_the_library_writes_past_its_end(channels, stride, kernel):
+    """A 1x1 with a stride and less than 8 input channels, on CPUs with AVX2 alone."""
+    x = torch.randn(2, channels, 16, 16).contiguous(memory_format=CL)
+    weight = torch.randn(6, channels, 1, 1, requires_grad=True)
+    y = conv2d(x, weight, stride=stride)
+    dy = torch.randn_like(y)
+    (dweight,), ran = primitives(lambda: torch.autograd.grad(y, weight, dy))
+    assert ran == ["preact_conv_wgrad"] * kernel
+    exact = weight.detach().double().requires_grad_()
+    F.conv2d(x.double(), exact, stride=stride).backward(dy.double())
+    torch.testing.assert_close(dweight.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["cifar", "bottleneck"])
 def test_under_autocast(case):
     x, weight, options = make(case, torch.float32)

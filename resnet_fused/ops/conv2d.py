@@ -30,6 +30,12 @@ def _fills_lanes(weight: Tensor, dilation: tuple[int, int]) -> bool:
     return c >= _MANY_CHANNELS or (k >= _MANY_CHANNELS and r * s > 1 and (s == 1 or dilation[1] == 1))
 
 
+def _breaks_the_library(weight: Tensor, stride: tuple[int, int]) -> bool:
+    """Whether oneDNN's kernel for AVX2 (jit_avx2_1x1_convolution_bwd_weights, in PyTorch 2.13 and 2.15) writes past
+    the end of the weight gradient, in channels_last."""
+    return weight.shape[2:] == (1, 1) and weight.shape[1] < 8 and max(stride) > 1
+
+
 def _is_product(weight: Tensor, geometry: tuple) -> bool:
     """Whether the convolution is a matrix product of pixels and weights, and so its input gradient another."""
     return weight.shape[2:] == (1, 1) and geometry[0] == (1, 1) and geometry[1] == (0, 0)
@@ -37,8 +43,8 @@ def _is_product(weight: Tensor, geometry: tuple) -> bool:
 
 class _Conv2d(Function):
     """By the kernel that can leave the statistics in its epilogue. The gradient of the weight is by this
-    package's kernels where it fills their lanes, that of the input in 1x1 convolutions; else they are the
-    framework's."""
+    package's kernels where it fills their lanes (or the library's would fail), that of the input in 1x1
+    convolutions; else they are the framework's."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, want_stats, *geometry):
@@ -60,7 +66,8 @@ class _Conv2d(Function):
             x, weight = ctx.saved_tensors
             geometry = ctx.geometry
             if not torch.is_grad_enabled():  # the framework's have a derivative
-                if need_weight and _fills_lanes(weight, geometry[2]):
+                ours = _fills_lanes(weight, geometry[2]) or _breaks_the_library(weight, geometry[0])
+                if need_weight and ours:
                     rest = (None, weight, 0.0, *geometry, need_bias)
                     dweight, dbias = preact_conv_wgrad(channels_last(dy), channels_last(x), *rest)
                     dbias = dbias.to(ctx.bias[1]) if need_bias else None
