@@ -223,19 +223,14 @@ def convolution_with_stats(conv: nn.Conv2d, x: Tensor, following: nn.Module) -> 
     return conv2d_stats(conv, x)
 
 
-_CONV_OPTIONS = F.ConvArgs._fields[2:]
-
-
 def conv2d_stats(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """``conv(x)`` and the statistics of it; ``conv`` is one that the operator takes."""
-    weight, bias, *options = conv_args(conv)
-    return F.conv2d_stats(x, weight, bias, **dict(zip(_CONV_OPTIONS, options, strict=True)))
+    return F.conv2d_stats(x, **conv_args(conv)._asdict())
 
 
 def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)``; ``conv`` is one that the operator takes."""
-    weight, bias, *options = conv_args(conv)
-    return F.conv2d(x, weight, bias, **dict(zip(_CONV_OPTIONS, options, strict=True)))
+    return F.conv2d(x, **conv_args(conv)._asdict())
 
 
 def pooled_norm_with_stats(bn: nn.Module, x: Tensor, x_stats: Tensor | None, negative_slope: float) -> Tensor:
