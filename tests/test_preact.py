@@ -218,9 +218,9 @@ def test_bad_input_of_the_raw_operators(into):
     with pytest.raises(RuntimeError, match="means of the input"):
         ops.bn_act_pool_backward(x, x, bn, 0.0)
     with pytest.raises(RuntimeError, match="means of the input"):
-        ops.preact_backward(x, x, bn, True, 0.0, True, into)
+        ops.preact_backward(x, x, bn, True, 0.0, True, into, into)
     with pytest.raises(RuntimeError, match="da"):
-        ops.preact_backward(torch.zeros(2, 3, 1, 1), x, bn, True, 0.0, False, into)
+        ops.preact_backward(torch.zeros(2, 3, 1, 1), x, bn, True, 0.0, False, into, into)
 
 
 @pools
@@ -269,9 +269,9 @@ def test_writes_over_a_gradient_of_its_own(channels, in_place):
     bn = torch.ops.resnet_fused.finalize_forward(stats, 18, None, None, None, None, 1e-5)
     backward = torch.ops.resnet_fused_cpu.preact_backward
     kept = dout.clone()
-    dx, sums = backward(dout, x, bn, True, 0.0, False, False)
+    dx, sums = backward(dout, x, bn, True, 0.0, False, False, False)
     assert torch.equal(dout, kept) and dx.data_ptr() != dout.data_ptr()
-    over, sums_over = backward(dout, x, bn, True, 0.0, False, True)
+    over, sums_over = backward(dout, x, bn, True, 0.0, False, True, False)
     assert torch.equal(over, dx) and torch.equal(sums_over, sums)
     assert (over.data_ptr() == dout.data_ptr()) == in_place
 
@@ -282,6 +282,6 @@ def test_means_gradient_is_not_written_over():
     x, dy, bn = torch.randn(2, 16, 3, 3).to(memory_format=CL), torch.randn(2, 16, 1, 1), torch.rand(4, 16)
     kept = dy.clone()
     backward = torch.ops.resnet_fused_cpu.preact_backward
-    results = [backward(dy, x, bn, True, 0.0, True, into) for into in (False, True)]
+    results = [backward(dy, x, bn, True, 0.0, True, into, False) for into in (False, True)]
     assert torch.equal(dy, kept)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][0].shape == x.shape

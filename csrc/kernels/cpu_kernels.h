@@ -41,14 +41,26 @@ struct ChannelStatsParams {
 
 struct BnActParams {
   int64_t pixels, channels;
-  int64_t pool_pixels;  // of an image, over which a's mean is taken; 0: no mean
   const void* x;
   const void* bn;     // acc [4, C]: mean, invstd, scale, shift
   double slope;
-  const void* da;     // backward only: of a, or of its means [N, C]
-  const void* dz_in;  // backward only, may be null; null where there is a mean
-  void* out;          // a or its means [N, C], or dz
+  const void* da;     // backward only
+  const void* dz_in;  // backward only, may be null
+  void* out;          // a or dz
   void* sums;         // backward only: acc [2, C]
+  Parallel parallel;
+};
+
+// The mean over each image's pixels.
+struct BnActPoolParams {
+  int64_t images, image_pixels, channels;
+  const void* x;
+  const void* bn;  // acc [4, C]: mean, invstd, scale, shift
+  double slope;
+  const void* dmeans;        // backward and apply: [N, C]
+  const void* coefficients;  // apply only: acc [4, C], as preact_apply has them
+  void* out;                 // means [N, C]; backward: dz, may be null; apply: dx, may be x
+  void* sums;                // backward only: acc [2, C]
   Parallel parallel;
 };
 
@@ -143,6 +155,9 @@ struct CpuKernels {
   void (*channel_stats[kDTypes])(const ChannelStatsParams&);
   void (*bn_act_forward[kDTypes])(const BnActParams&);
   void (*bn_act_backward[kDTypes])(const BnActParams&);
+  void (*bn_act_pool_forward[kDTypes])(const BnActPoolParams&);
+  void (*bn_act_pool_backward[kDTypes])(const BnActPoolParams&);
+  void (*bn_act_pool_apply[kDTypes])(const BnActPoolParams&);
   void (*preact_apply[kDTypes])(const PreactApplyParams&);
   void (*residual_add[kDTypes])(const ResidualAddParams&);
   void (*max_pool_forward[kDTypes])(const MaxPoolParams&);

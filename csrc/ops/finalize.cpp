@@ -166,26 +166,26 @@ void update_running_stats_of_unit(const std::vector<Tensor>& running_means, cons
 
 // dx = A*dz + B*(x - mean) + C. The means of dz and of dz*xhat are subtracted only where the statistics were
 // the batch's.
-Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
+Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training, bool into_bn) {
   check_count(count);
   const int64_t channels = check_columns(bn, "bn");
   const DType acc = acc_of(bn);
   const Tensor rows = check_acc(bn, "bn", 4, channels, acc);
   const Tensor totals = check_acc(sums, "sums", 2, channels, acc);
-  const Tensor coefficients = empty_matrix(4, channels, acc);
+  const Tensor coefficients = into_bn ? rows : empty_matrix(4, channels, acc);
   const double weight = training && count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
   const auto fill = [&](auto* out) {
     using A = std::remove_pointer_t<decltype(out)>;
     for (int64_t c = 0; c < channels; ++c) {
-      const double scale = at(rows, acc, 2, channels, c);
+      const double mean = at(rows, acc, 0, channels, c), invstd = at(rows, acc, 1, channels, c),
+                   scale = at(rows, acc, 2, channels, c);  // read before any of them may be written over
       out[c] = static_cast<A>(scale);
       out[channels + c] = out[2 * channels + c] = A(0);
       if (weight > 0.0) {
-        const double invstd = at(rows, acc, 1, channels, c);
         out[channels + c] = static_cast<A>(-scale * invstd * at(totals, acc, 1, channels, c) * weight);
         out[2 * channels + c] = static_cast<A>(-scale * at(totals, acc, 0, channels, c) * weight);
       }
-      out[3 * channels + c] = static_cast<A>(at(rows, acc, 0, channels, c));
+      out[3 * channels + c] = static_cast<A>(mean);
     }
   };
   if (acc == DType::float64)
@@ -193,6 +193,10 @@ Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bo
   else
     fill(static_cast<float*>(coefficients.mutable_data_ptr()));
   return coefficients;
+}
+
+static Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count, bool training) {
+  return finalize_backward(sums, bn, count, training, false);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
@@ -212,7 +216,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("finalize_forward", TORCH_BOX(&finalize_forward));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
   m.impl("update_running_stats_of_unit", TORCH_BOX(&update_running_stats_of_unit));
-  m.impl("finalize_backward", TORCH_BOX(&finalize_backward));
+  m.impl("finalize_backward", TORCH_BOX(&finalize_backward_op));
 }
 
 }  // namespace resnet_fused

@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
   params.parallel = torch_parallel();
   cpu_kernels().preact_conv_dgrad[index_of(input.dtype)](params);
   // inf - inf is no number where the sum of all is inf.
-  if (replaces && !all_finite(sums, 2 * g.c, acc)) return {dz, std::get<1>(bn_act_backward(dz, x, bn, std::nullopt, 1.0))};
+  if (replaces && !all_finite(sums, 2 * g.c, acc))
+    return {dz, std::get<1>(bn_act_backward(dz, x, bn, std::nullopt, 1.0, false))};
   return {dz, sums};
 }
 

@@ -23,7 +23,8 @@ Tensor finalize_forward(const std::optional<Tensor>& stats, int64_t count,
                         const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
                         const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps);
 
-Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training);
+// The coefficients of dx. into_bn: they may take the memory of bn.
+Tensor finalize_backward(const Tensor& sums, const Tensor& bn, int64_t count, bool training, bool into_bn);
 
 void update_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& stats,
                           int64_t count, double momentum);
@@ -49,9 +50,9 @@ std::tuple<Tensor, Tensor> preact_conv_dgrad(const Tensor& dy, const Tensor& wei
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              const std::optional<Tensor>& dz_in_sums, bool into_dz_in);
 
-// dz = da * act'(z) (+ dz_in), and its sums.
+// dz = da * act'(z) (+ dz_in), and its sums. into_da: dz may take da's memory.
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& da, const Tensor& x, const Tensor& bn,
-                                           const std::optional<Tensor>& dz_in, double slope);
+                                           const std::optional<Tensor>& dz_in, double slope, bool into_da);
 
 // (dweight, dbias)
 std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,

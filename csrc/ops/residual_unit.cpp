@@ -55,7 +55,7 @@ class CpuUnit {
 
   UnitGradients gradients(size_t i, const Tensor& dy, const Tensor& h, const Tensor& bn,
                           const std::optional<Tensor>& dz_in, const std::optional<Tensor>& dz_in_sums, UnitNeeds needs,
-                          bool centre) const {
+                          bool centre, bool reuse_bn) const {
     const UnitConvolution& c = unit_.convolutions[i];
     RF_CHECK(needs.weight || !needs.bias, "expected the weight's gradient to be needed where the bias' is");
     UnitGradients g{{}, {}, {}, nothing_like(c.weight), nothing_like(c.weight)};
@@ -70,7 +70,7 @@ class CpuUnit {
       std::tie(g.dz, g.sums) = preact_conv_dgrad(dy, c.weight, h, bn, dz_in, unit_.slope, c.stride, c.padding,
                                                  c.dilation, c.groups, dz_in_sums, true);
     if (centre)
-      g.coefficients = finalize_backward(*g.sums, bn, values_per_channel(h), unit_.norm_of(i).training);
+      g.coefficients = finalize_backward(*g.sums, bn, values_per_channel(h), unit_.norm_of(i).training, reuse_bn);
     return g;
   }
 

@@ -19,7 +19,7 @@
 //   size 0 where it came as an argument or is not needed.
 // output_mask: x; the weights, then the biases of the BatchNorms; those of the convolutions; of the shortcuts. The gradients
 //   that it asks for come in this order, those of a BatchNorm (in the acc dtype) as rows of one tensor, the bias' first.
-// reuse_raw: gradients may be written over raw, which nobody reads afterwards.
+// reuse_raw: nobody reads raw and bns afterwards. Gradients and coefficients may be written over them, and raw is left empty.
 // combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
 // gradients,
 //   where both are needed.
@@ -32,7 +32,7 @@
   " bool want_raw)"                                                                                         \
   " -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
 #define RF_UNITS_BACKWARD_SCHEMA                                                                            \
-  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor[] bns, Tensor[] weights,"        \
+  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor(b!)[] bns, Tensor[] weights,"    \
   " Tensor?[] shortcut_weights, bool[] training, float negative_slope, int[] strides, int[] paddings,"      \
   " int[] dilations, int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask,"              \
   " bool[] combined, bool reuse_raw) -> Tensor[] gradients"
@@ -201,6 +201,7 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
     gradients[shortcuts + u] = std::move(dshortcut_weight);
     gradients[shortcut_biases + u] = std::move(dshortcut_bias);
     dx = std::move(unit_dx);
+    if (reuse_raw && end < n) release(raw[end - 1]);  // this unit's output, which the gradient of was written over
     needed = below;
     end = begin;
   }

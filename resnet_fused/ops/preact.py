@@ -13,6 +13,7 @@ from torch.autograd import Function
 from resnet_fused import primitives
 from resnet_fused.primitives import dispatch
 from resnet_fused.primitives.layout import (
+    CHANNELS_LAST,
     canonical,
     channels_last,
     empty,
@@ -25,10 +26,11 @@ from resnet_fused.primitives.registration import (
     call_in_backward,
     define,
     differentiable,
+    is_ordinary,
     keep_dtypes,
 )
 
-from . import checks, double_backward, running_stats
+from . import checks, double_backward, last_use, running_stats
 
 
 class _Arguments(NamedTuple):
@@ -129,6 +131,22 @@ def _backward_outputs(*args):
     return empty(x.shape, x, suggests_channels_last(x)), empty_acc(x, 2, x.shape[1])
 
 
+def _in_place_operator(x: Tensor, pool: bool):
+    """All of backward in one operator that may write over its arguments, or None."""
+    primitive = "bn_act_pool_backward" if pool else "bn_act_backward"
+    return dispatch.select_several(primitive, "preact_backward", x)
+
+
+def _backward_over(x: Tensor, dout: Tensor, bn: Tensor, options: tuple):
+    """What the backward operator gives behind a mean, in the memory of x; None where no operator can."""
+    training, _, negative_slope, _ = options
+    in_place = _in_place_operator(x, True)
+    if in_place is None or not x.is_contiguous(memory_format=CHANNELS_LAST) or not is_ordinary(dout):
+        return None
+    # dx is x itself then: not as the tensor that has a graph.
+    return in_place(channels_last(dout), x.detach(), bn, training, negative_slope, True, False, True)
+
+
 def _backward(*args):
     a = _BackwardArguments(*args)
     if a.x.shape[0] == 0:
@@ -136,11 +154,9 @@ def _backward(*args):
     x, dout = channels_last(a.x), channels_last(a.dout)
     is_copy = dout is not a.dout  # as behind a global average pool
     pool = a.global_avg_pool
-    in_place = dispatch.select_several(
-        "bn_act_pool_backward" if pool else "bn_act_backward", "preact_backward", x
-    )
+    in_place = _in_place_operator(x, pool)
     if in_place is not None:
-        dx, sums = in_place(dout, x, a.bn, a.training, a.negative_slope, pool, is_copy)
+        dx, sums = in_place(dout, x, a.bn, a.training, a.negative_slope, pool, is_copy, False)
     else:
         if pool:
             dz, sums = primitives.bn_act_pool_backward(dout, x, a.bn, a.negative_slope)
@@ -168,6 +184,7 @@ class _Preact(Function):
         ctx.options = args[6:]
         # Not the running statistics: they may change before backward (DDP with two forwards). bn is a copy.
         ctx.save_for_backward(a.x, bn, a.bn_weight, a.bn_bias)
+        ctx.may_own_x = a.global_avg_pool and last_use.is_fresh(a.x) and last_use.may_be_owned()
         ctx.mark_non_differentiable(x_stats, bn)
         ctx.set_materialize_grads(False)
         return out, x_stats, bn
@@ -179,7 +196,12 @@ class _Preact(Function):
         if dout is None:
             return tuple(gradients)
         x, bn, bn_weight, bn_bias = ctx.saved_tensors
-        dx, sums = call_in_backward(_BACKWARD_OP, dout, x, bn, bn_weight, bn_bias, *ctx.options)
+        found = None
+        if ctx.may_own_x and last_use.is_now():
+            ctx.maybe_clear_saved_tensors()
+            if last_use.is_only_reference(x):
+                found = _backward_over(x, dout, bn, ctx.options)
+        dx, sums = found or call_in_backward(_BACKWARD_OP, dout, x, bn, bn_weight, bn_bias, *ctx.options)
         if need_x:
             gradients[0] = dx
         if need_weight:

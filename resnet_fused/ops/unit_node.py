@@ -8,7 +8,6 @@ between Python and C++ does not.
 """
 
 from collections.abc import Sequence
-from sys import getrefcount
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from resnet_fused.primitives.layout import (
 )
 from resnet_fused.primitives.registration import below_autograd, is_ordinary
 
-from . import autocast, running_stats, whole_unit
+from . import autocast, last_use, running_stats, whole_unit
 from .arguments import BatchNormArgs, ConvArgs
 from .residual_unit import check_unit, known_geometry, residual_unit_by_dispatcher
 from .residual_unit_backward import RESIDUAL_UNIT_BACKWARD, count_of
@@ -258,11 +257,7 @@ def run_in_one_node(
     return out, out_stats if return_stats else None
 
 
-# References to a tensor that only the list has that it is counted in. Whoever else holds what was saved (by
-# grad_fn.saved_tensors, say) keeps it as it is.
-_NOT_SHARED = max(map(getrefcount, [torch.empty(0)]))
-
-
+@last_use.gives_fresh_output
 class _ResidualUnits(Function):
     """Lists come flattened: autograd sees only tensors that are arguments. As in residual_unit, only out is
     given through autograd."""
@@ -273,8 +268,7 @@ class _ResidualUnits(Function):
         others += out_stats, stats
         ctx.plan = plan
         ctx.save_for_backward(x, *raw, *bns, *parameters)
-        # The user's hooks, as of activation checkpoints, may keep what they are given.
-        ctx.owns_raw = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ctx.owns_raw = last_use.may_be_owned()
         ctx.set_materialize_grads(False)
         return out
 
@@ -285,10 +279,8 @@ class _ResidualUnits(Function):
             return (None,) * (3 + len(needs))
         plan, (x, *saved) = ctx.plan, ctx.saved_tensors
         n = plan.sizes[0]
-        last_use = ctx.owns_raw and not (
-            torch._C._autograd._get_current_graph_task_keep_graph() or is_compiling()
-        )
-        if last_use:
+        is_last = ctx.owns_raw and last_use.is_now()
+        if is_last:
             ctx.maybe_clear_saved_tensors()  # a second backward raises, even if this one fails half-way
         parameters = saved[2 * n - 1 :]
         if torch.is_grad_enabled():
@@ -297,7 +289,8 @@ class _ResidualUnits(Function):
         x, *raw = [channels_last(t) for t in (x, *saved[: n - 1])]
         bns = saved[n - 1 : 2 * n - 1]
         del saved
-        reuse_raw = last_use and max(map(getrefcount, raw), default=0) <= _NOT_SHARED
+        # Whoever else holds what was saved (by grad_fn.saved_tensors, say) keeps it as it is.
+        reuse_raw = is_last and last_use.are_only_references(raw) and last_use.are_only_references(bns)
         operator, combined = whole_unit.backward_operator(
             ("residual_units_backward", plan, *needs), x, plan.shapes, needs
         )

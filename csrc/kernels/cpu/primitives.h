@@ -1,5 +1,5 @@
 // The primitives of one SIMD level: each is defined, and instantiated for float, double and bf16, in the file
-// of its name (bn_act.cpp and max_pool.cpp hold both directions).
+// of its name (bn_act.cpp, bn_act_pool.cpp and max_pool.cpp hold both directions).
 #pragma once
 
 #include "../cpu_kernels.h"
@@ -11,6 +11,9 @@ namespace RF_VARIANT {
 template <typename T> void channel_stats(const ChannelStatsParams& params);
 template <typename T> void bn_act_forward(const BnActParams& params);
 template <typename T> void bn_act_backward(const BnActParams& params);
+template <typename T> void bn_act_pool_forward(const BnActPoolParams& params);
+template <typename T> void bn_act_pool_backward(const BnActPoolParams& params);
+template <typename T> void bn_act_pool_apply(const BnActPoolParams& params);
 template <typename T> void preact_apply(const PreactApplyParams& params);
 template <typename T> void residual_add(const ResidualAddParams& params);
 template <typename T> void max_pool_forward(const MaxPoolParams& params);

@@ -99,7 +99,8 @@ class CudaUnit {
   }
 
   UnitGradients gradients(size_t i, const Tensor& dy, const Tensor& h, const Tensor& bn,
-                          const std::optional<Tensor>& dz_in, const std::optional<Tensor>&, UnitNeeds needs, bool centre) {
+                          const std::optional<Tensor>& dz_in, const std::optional<Tensor>&, UnitNeeds needs,
+                          bool centre, bool) {
     const UnitConvolution& c = unit_.convolutions[i];
     const ConvGeometry& g = geometry_[i];
     RF_CHECK(needs.weight || !needs.bias, "expected the weight's gradient to be needed where the bias' is");
