@@ -390,12 +390,15 @@ class TestMeasure:
 
 class TestMemory:
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-    def test_activations_take_0_6_of_the_plain_nets(self, dtype):
+    def test_activations_take_half_of_the_plain_nets(self, dtype):
         keys = [contender.key for contender in CONTENDERS]
         net = BenchmarkNet(NET, 32, 8)
         found = step_memory._worker("tensors", net, "train", dtype, keys, 1, RESNET_FUSED_CPU_POOL_MB="0")
-        for nchw, channels_last, fused in zip(*(found[key] for key in keys), strict=True):  # saved, then peak
-            assert 0 < fused <= 0.6 * min(nchw, channels_last)
+        # Of a norm's statistics as much is saved as plain nets save: with batches of 8 a thousandth of all.
+        for share, nchw, channels_last, fused in zip(
+            (0.501, 0.5), *(found[key] for key in keys), strict=True  # saved, then peak
+        ):
+            assert 0 < fused <= share * min(nchw, channels_last)
         assert all(saved <= peak for saved, peak in found.values())
 
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")

@@ -473,6 +473,18 @@ class TestSavedTensors:
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(out, leaves, dout)
 
+    @pytest.mark.parametrize("given", [False, True])
+    def test_statistics_are_saved_of_a_norm(self, given):
+        """Half as much as the rows that the kernels read."""
+        units, x = [basic(16, 32, 2), bottleneck(32)], batch()
+        for row in (units[:1], units[1:]):
+            stats = torch.ops.resnet_fused.channel_stats(x.detach()) if given else None
+            n = sum(len(unit.convs) for unit in row)
+            out, _ = residual_units(x, row, x_stats=stats, return_stats=True)
+            saved = out.grad_fn.saved_tensors[n : 2 * n]
+            assert [t.shape for t in saved] == [(2, c.weight.shape[1]) for unit in row for c in unit.convs]
+            x = out.detach().requires_grad_()
+
     def test_not_what_somebody_holds(self, reused):
         units, x = [basic(), basic()], batch()
         out = residual_units(x, units)

@@ -181,10 +181,10 @@ struct UnitGradients {
 //   gradients(i, dy, h, bn, dz_in, its sums, needs, centre, reuse_bn) with the coefficients of BatchNorm's backward if
 //     `centre`, which may take the memory of bn if `reuse_bn`; dz may take the memory of dz_in;
 //   preact_apply(dz, h, coefficients, dskip, into) into the memory of dz, or of h; finish_backward().
-// dout: none if nothing is needed. reuse_x: whether gradients may be written over x; reuse_raw: over raw, and
-// coefficients over bns. What a convolution has read is needed no more once its BatchNorm's backward has run: dz is then
-// freed in its place, and one tensor less is alive beside what was saved. A raw output goes when the gradient that was
-// written over it has been used.
+// dout: none if nothing is needed. bns: of each BatchNorm the rows that forward made, or the statistics [2, C] that it made
+// them of. reuse_x, reuse_raw: whether gradients may be written over x, over raw. What a convolution has read is needed no
+// more once its BatchNorm's backward has run: dz is then freed in its place, and one tensor less is alive beside what was
+// saved. A raw output goes when the gradient that was written over it has been used.
 template <typename Backend>
 UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const std::optional<Tensor>& dout,
                                     const Tensor& x, const TensorList& raw, const TensorList& bns,
@@ -199,16 +199,19 @@ UnitBackward residual_unit_backward(Backend& backend, const Unit& unit, const st
     const bool below = mask.below(i);
     const bool onwards = below && (i > 0 || mask.x()), joined = i == 0 && unit.projects;
     UnitGradients g;
+    const bool by_stats = bns[i].dim() == 2 && bns[i].size(0) == 2;
+    std::optional<Tensor> bn = bns[i];
+    if (by_stats && dout) bn = backend.finalize_forward(i, bns[i], values_per_channel(h));
     if (dy) {
-      g = backend.gradients(i, *dy, h, bns[i], std::nullopt, std::nullopt, needs(i, below), onwards && !joined,
-                            reuse_raw);
+      g = backend.gradients(i, *dy, h, *bn, std::nullopt, std::nullopt, needs(i, below), onwards && !joined,
+                            by_stats);
       dy.reset();  // freed before the next one is allocated
       if (reuse_raw && i + 1 < n) release(raw[i]);
       dweights[i] = std::move(g.dweight), dbiases[i] = std::move(g.dbias);
     }
     if (joined && dout) {  // the shortcut's 1x1 adds to the other gradient of z, where that lies
-      g = backend.gradients(unit.shortcut(), *dout, x, bns[0], g.dz, g.sums, needs(unit.shortcut(), below), onwards,
-                            reuse_raw);
+      g = backend.gradients(unit.shortcut(), *dout, x, *bn, g.dz, g.sums, needs(unit.shortcut(), below), onwards,
+                            by_stats);
       dshortcut_weight = std::move(g.dweight), dshortcut_bias = std::move(g.dbias);
     }
     if (!below || !g.dz) continue;  // nothing further down needs a gradient

@@ -19,7 +19,9 @@
 //   size 0 where it came as an argument or is not needed.
 // output_mask: x; the weights, then the biases of the BatchNorms; those of the convolutions; of the shortcuts. The gradients
 //   that it asks for come in this order, those of a BatchNorm (in the acc dtype) as rows of one tensor, the bias' first.
-// reuse_raw: nobody reads raw and bns afterwards. Gradients and coefficients may be written over them, and raw is left empty.
+// bns, in backward: of each BatchNorm what forward gave or, on the CPU, the statistics that it was made of, which are half
+//   as much; the BatchNorms' parameters and eps are read for these only.
+// reuse_raw: nobody reads raw afterwards. Gradients may be written over it, and it is left empty.
 // combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
 // gradients,
 //   where both are needed.
@@ -32,14 +34,15 @@
   " bool want_raw)"                                                                                         \
   " -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
 #define RF_UNITS_BACKWARD_SCHEMA                                                                            \
-  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor(b!)[] bns, Tensor[] weights,"    \
-  " Tensor?[] shortcut_weights, bool[] training, float negative_slope, int[] strides, int[] paddings,"      \
-  " int[] dilations, int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask,"              \
-  " bool[] combined, bool reuse_raw) -> Tensor[] gradients"
+  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor[] bns,"                          \
+  " Tensor?[] bn_weights, Tensor?[] bn_biases, Tensor[] weights, Tensor?[] shortcut_weights,"               \
+  " bool[] training, float[] eps, float negative_slope, int[] strides, int[] paddings, int[] dilations,"    \
+  " int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask, bool[] combined,"              \
+  " bool reuse_raw) -> Tensor[] gradients"
 
 namespace resnet_fused {
 
-// The units of the operators' lists. BatchNorms' lists are empty in backward: bns hold what it needs.
+// The units of the operators' lists. Backward has no running statistics.
 inline std::vector<Unit> make_units(const OptionalTensorList& bn_weights, const OptionalTensorList& bn_biases,
                                     const OptionalTensorList& running_means,
                                     const OptionalTensorList& running_vars, const TensorList& weights,
@@ -141,17 +144,18 @@ inline Tensor row_of(const Tensor& rows, int64_t row) {
 
 template <typename Backend>
 TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const TensorList& raw,
-                                   const TensorList& bns, const TensorList& weights,
+                                   const TensorList& bns, const OptionalTensorList& bn_weights,
+                                   const OptionalTensorList& bn_biases, const TensorList& weights,
                                    const OptionalTensorList& shortcut_weights, const BoolList& training,
-                                   double slope, const IntList& strides, const IntList& paddings,
-                                   const IntList& dilations, const IntList& groups,
+                                   const std::vector<double>& eps, double slope, const IntList& strides,
+                                   const IntList& paddings, const IntList& dilations, const IntList& groups,
                                    const IntList& shortcut_strides, const IntList& lengths,
                                    const BoolList& output_mask, const BoolList& combined, bool reuse_raw) {
   const size_t n = weights.size(), count = lengths.size();
   const OptionalTensorList none(n);
   const std::vector<Unit> units =
-      make_units(none, none, none, none, weights, none, shortcut_weights, OptionalTensorList(count), training,
-                 std::vector<double>(n), slope, strides, paddings, dilations, groups, shortcut_strides, lengths,
+      make_units(bn_weights, bn_biases, none, none, weights, none, shortcut_weights, OptionalTensorList(count),
+                 training, eps, slope, strides, paddings, dilations, groups, shortcut_strides, lengths,
                  {});
   RF_CHECK(raw.size() == n - 1 && bns.size() == n, "expected ", n - 1, " raw outputs and ", n,
            " bns, but got ", raw.size(), " and ", bns.size());

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
-from resnet_fused.primitives import dispatch
+from resnet_fused.primitives import dispatch, finalize_forward
 from resnet_fused.primitives.layout import (
     CHANNELS_LAST,
     channels_last,
@@ -78,6 +78,7 @@ class _Plan:
 
     Attributes:
         operator: runs the units forward; None: they have to be called one by one.
+        saves_statistics: of each norm they are saved, half as much as the rows that backward makes of them.
         units: the options of each.
         sizes: the number of convolutions, and of units.
         counts: N*H*W of what each norm reads.
@@ -100,7 +101,7 @@ class _Plan:
         rest = (strides, paddings, dilations, groups, shortcut_strides, lengths)
         slope = units[0].negative_slope
         self.forward_options = (training, eps, slope, *rest)
-        self.backward_options = (training, slope, *rest)
+        self.backward_options = (training, eps, slope, *rest)
         self.shapes = whole_unit.UnitShapes(
             [conv.weight.shape for conv in convs],
             [None if unit.shortcut is None else unit.shortcut.weight.shape for unit in units],
@@ -112,6 +113,7 @@ class _Plan:
             self.operator = whole_unit.kept_forward_operator(
                 x, self.shapes, lambda: _check(x, x_stats, units)
             )
+        self.saves_statistics = self.operator is not None and self.operator.namespace == "resnet_fused_cpu"
         self.counts, shape = [], x.shape
         for i, conv in enumerate(convs if self.operator else []):
             self.counts.append(count_of(shape))
@@ -244,7 +246,7 @@ def run_in_one_node(
 
     if differentiable:
         others: list = []
-        out = _ResidualUnits.apply(plan, run, others, x, *parameters)
+        out = _ResidualUnits.apply(plan, run, others, x_stats, x, *parameters)
         out_stats, stats = others
     else:
         out, out_stats, _, stats, _ = run(False)
@@ -263,10 +265,12 @@ class _ResidualUnits(Function):
     given through autograd."""
 
     @staticmethod
-    def forward(ctx, plan, run, others, x, *parameters):
+    def forward(ctx, plan, run, others, x_stats, x, *parameters):
         out, out_stats, raw, stats, bns = run(True)
         others += out_stats, stats
         ctx.plan = plan
+        if plan.saves_statistics:
+            bns = stats if x_stats is None else [x_stats, *stats[1:]]
         ctx.save_for_backward(x, *raw, *bns, *parameters)
         ctx.owns_raw = last_use.may_be_owned()
         ctx.set_materialize_grads(False)
@@ -274,9 +278,9 @@ class _ResidualUnits(Function):
 
     @staticmethod
     def backward(ctx, dout):
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if dout is None:
-            return (None,) * (3 + len(needs))
+            return (None,) * (4 + len(needs))
         plan, (x, *saved) = ctx.plan, ctx.saved_tensors
         n = plan.sizes[0]
         is_last = ctx.owns_raw and last_use.is_now()
@@ -284,28 +288,28 @@ class _ResidualUnits(Function):
             ctx.maybe_clear_saved_tensors()  # a second backward raises, even if this one fails half-way
         parameters = saved[2 * n - 1 :]
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable_gradients(plan, dout, x, parameters, needs)
+            return None, None, None, None, *_differentiable_gradients(plan, dout, x, parameters, needs)
         # The user's hooks for saved tensors may have given them another layout.
         x, *raw = [channels_last(t) for t in (x, *saved[: n - 1])]
         bns = saved[n - 1 : 2 * n - 1]
         del saved
         # Whoever else holds what was saved (by grad_fn.saved_tensors, say) keeps it as it is.
-        reuse_raw = is_last and last_use.are_only_references(raw) and last_use.are_only_references(bns)
+        reuse_raw = is_last and last_use.are_only_references(raw)
         operator, combined = whole_unit.backward_operator(
             ("residual_units_backward", plan, *needs), x, plan.shapes, needs
         )
         if operator is None:
-            return None, None, None, *_gradients_by_primitives(plan, dout, x, raw, bns, parameters, needs)
-        _, _, weights, _, shortcut_weights, _ = _split(parameters, *plan.sizes)
+            return None, None, None, None, *_gradients_by_primitives(plan, dout, x, raw, bns, parameters, needs)
+        gammas, betas, weights, _, shortcut_weights, _ = _split(parameters, *plan.sizes)
         with torch._C._AutoDispatchBelowAutograd():
             found = iter(
                 operator(
-                    channels_last(dout), x, raw, bns, weights, shortcut_weights, *plan.backward_options,
-                    needs, combined, reuse_raw,
+                    channels_last(dout), x, raw, bns, gammas, betas, weights, shortcut_weights,
+                    *plan.backward_options, needs, combined, reuse_raw,
                 )
             )  # fmt: skip
         gradients = [next(found) if needed else None for needed in needs]
-        return None, None, None, *_in_dtypes_of(gradients, (x, *parameters))
+        return None, None, None, None, *_in_dtypes_of(gradients, (x, *parameters))
 
 
 def _in_dtypes_of(gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -320,6 +324,11 @@ def _gradients_by_primitives(
     """Where the backend has been changed since, or is to run the primitives one by one."""
     mask = whole_unit.UnitsMask(needs, plan.shapes.lengths)
     n, count = plan.sizes
+    norms = [norm for unit in plan.with_parameters(parameters) for norm in unit.norms]
+    bns = [
+        bn if bn.shape[0] == 4 else finalize_forward(bn, c, None, None, norm.weight, norm.bias, norm.eps)
+        for bn, c, norm in zip(bns, plan.counts, norms, strict=True)
+    ]
     sums, dweights, dbiases = [None] * n, [None] * n, [None] * n
     dshortcut_weights, dshortcut_biases = [None] * count, [None] * count
     end = n
