@@ -92,8 +92,8 @@ def _backward(*args):
     raw = [channels_last(t) for t in a.raw]  # hooks for saved tensors may have changed their layout
     found = operator(
         channels_last(a.dout), channels_last(a.x), raw, a.bns, a.bn_weights, a.bn_biases, a.weights,
-        [a.shortcut_weight], a.training, a.eps, a.negative_slope, a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
-        needs, combined, False,
+        [a.shortcut_weight], a.training, a.eps, a.negative_slope, a.strides, a.paddings, a.dilations, a.groups,
+        a.shortcut_stride, [len(a.weights)], needs, combined, False,
     )  # fmt: skip
     return _by_kind(a, mask, iter(found))
 
