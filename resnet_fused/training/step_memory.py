@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models import create_model
-from .memory import peak_allocated_bytes, saved_activation_bytes
+from .memory import peak_activation_bytes, peak_allocated_bytes, saved_activation_bytes
 from .own_process import json_from_process
 
 __all__ = ["StepMemory", "step_memory"]
@@ -69,10 +69,14 @@ def _measure(model: str, fused: bool, input_size: list[int], device: str, thread
     def forward() -> Tensor:
         return F.cross_entropy(net(images), labels)
 
-    forward().backward()  # the gradients stay, so that they are there before counting begins
+    def step() -> None:
+        forward().backward()
+
+    step()  # on CUDA the gradients stay, so that they are there before counting begins
+    on_cpu = torch.device(device).type == "cpu"
     return StepMemory(
         saved_activation_bytes(forward, net, (images, labels)),
-        peak_allocated_bytes(lambda: forward().backward(), device),
+        peak_activation_bytes(step, net.parameters()) if on_cpu else peak_allocated_bytes(step, device),
     )
 
 
