@@ -1,6 +1,7 @@
 """At a net's end the gradient of a row's output is written over that output, if nobody can read it any more."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def overwritten(monkeypatch):
 
 def end(c, dtype):
     parameters = torch.rand(2, c, dtype=dtype if dtype is torch.float64 else torch.float32) + 0.5
-    return [p.requires_grad_() for p in parameters.clone().unbind(0)]
+    return [p.clone().requires_grad_() for p in parameters]
 
 
 class Net:
@@ -46,7 +47,7 @@ class Net:
 
     def __init__(self, dtype=torch.float32, c=16):
         self.units = [basic(c, dtype=dtype), basic(c, dtype=dtype)]
-        self.x, self.end = batch(c, dtype=dtype), [p.detach().requires_grad_() for p in end(c, dtype)]
+        self.x, self.end = batch(c, dtype=dtype), end(c, dtype)
         self.leaves = [self.x, *self.end, self.units[0].convs[0].weight, self.units[1].norms[0].weight]
 
     def row(self):
@@ -112,8 +113,6 @@ def weak_alias(h):
     address, shape, stride = h.data_ptr(), h.shape, h.stride()
 
     def read():
-        import ctypes
-
         array = (ctypes.c_float * shape.numel()).from_address(address)
         return torch.frombuffer(array, dtype=torch.float32).clone().as_strided(shape, stride)
 
@@ -134,7 +133,6 @@ def test_not_what_another_node_needs(overwritten):
 
 def test_two_ends_of_one_row(overwritten):
     net, other = Net(), end(16, torch.float32)
-    other = [p.detach().requires_grad_() for p in other]
 
     def gradients(hold):
         h = net.row()
