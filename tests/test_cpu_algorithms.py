@@ -1,7 +1,7 @@
 """The ways in which the C++ kernels cut a convolution up that small shapes do not meet: weights that outnumber the
-pixels (the weight gradient as one matrix product, output channels in groups), few input channels (the weight
-gradient with output channels as lanes), both gradients of a 1x1 in one pass, and weights of every layout. Small
-integers have exact sums, so one wrong index shows."""
+pixels, or tiles of Winograd's (the weight gradient as one matrix product, output channels in groups), few input
+channels (the weight gradient with output channels as lanes), both gradients of a 1x1 in one pass, and weights of
+every layout. Small integers have exact sums, so one wrong index shows."""
 
 from typing import NamedTuple
 
@@ -49,6 +49,14 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(5, 176, 3, 4, 336, (3, 3), (1, 1), (2, 2), (2, 2)),  # the same with several taps, in channels_last
     Shape(3, 160, 5, 6, 352, (3, 3), (2, 2), (1, 1)),
 ]
+FEW_TILES = [  # the weight gradient by Winograd's filtering as one product: at least 16 tiles, and 32 weights to a tile
+    Shape(16, 176, 4, 4, 184, (3, 3), (1, 1), (1, 1)),  # float32: 64 tiles; written past the caches
+    Shape(66, 72, 4, 3, 104, (3, 3), (1, 1), (1, 1)),  # bfloat16, where pairs are multiplied too
+    Shape(5, 90, 9, 10, 100, (3, 3), (1, 1), (1, 1)),  # partial tiles, partial vectors, an odd number of them
+    Shape(2, 73, 7, 8, 57, (3, 3), (1, 1), (2, 0)),
+]
+# The same in float32 of five images, then of four.
+SOME_AFTER_OTHERS = [Shape(9, 8, 16, 14, 2048, (3, 3), (1, 1), (1, 1))]
 FEW_CHANNELS = [  # odd and even widths, whole and partial vectors of output channels, one or several tiles of the window
     Shape(2, 3, 9, 8, 16, (3, 3), (1, 1), (1, 1)),
     Shape(1, 1, 7, 7, 5, (3, 3), (1, 1), (1, 1)),
@@ -107,7 +115,7 @@ def sparse_integers(*size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES, ids=name_of)
 def test_integers_of_few_pixels_are_exact(shape, dtype):
     x, weight, dy = tensors(shape, dtype, sparse_integers)
     identity = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=acc(dtype)).view(4, 1).expand(4, shape.c).contiguous()
@@ -188,7 +196,7 @@ def test_what_is_not_finite_in_few_channels(shape, dtype):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_CHANNELS, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES + SOME_AFTER_OTHERS + FEW_CHANNELS, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_accuracy_of_weight_gradients(backend, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
@@ -205,7 +213,7 @@ def test_accuracy_of_weight_gradients(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_PIXELS[-3:] + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_PIXELS[-3:] + FEW_TILES + SOME_AFTER_OTHERS + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)

@@ -112,9 +112,9 @@ def test_small_integers_are_exact(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["x", "dy", "weight"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
-def test_not_finite(where, value, dtype):
+@pytest.mark.parametrize("shape", [Shape(8, 16, 9, 10, 16), Shape(3, 72, 9, 10, 64)], ids=["", "few_tiles"])
+def test_not_finite(shape, where, value, dtype):
     """One value that is not finite reaches the outputs that depend on it and no other."""
-    shape = Shape(8, 16, 9, 10, 16)
     x, dy, weight = given = tensors(shape, torch.randn, dtype)
     {"x": x[1, 5, 4], "dy": dy[1, 5, 4], "weight": weight[5, 3, 1]}[where][1] = value
     plain = plain_three(*given, shape.padding)
@@ -133,9 +133,9 @@ def test_not_finite(where, value, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
-def test_overflow_inside_only(where, dtype):
+@pytest.mark.parametrize("shape", [Shape(16, 16, 8, 8, 16), Shape(4, 72, 8, 8, 64)], ids=["", "few_tiles"])
+def test_overflow_inside_only(shape, where, dtype):
     """Sums of four inputs overflow in a transform where the convolution itself does not."""
-    shape = Shape(16, 16, 8, 8, 16)
     x, dy, weight = tensors(shape, torch.randn, dtype)
     weight *= 1e-6
     if where == "x":

@@ -80,7 +80,8 @@ RF_INLINE BandSteps band_steps(const ConvGeometry& g) {
 
 // Rows row0 + i * row_step and columns col0 + j * col_step of an image, in coordinates that may lie outside.
 struct BandLayout {
-  int64_t channels;
+  int64_t channels;        // of the image
+  int64_t first_channel;   // the band's first; its blocks need not reach the image's last
   int64_t rows, cols;
   int64_t row_step, col_step;
   int64_t col_stride;      // columns are grouped by residue modulo this
@@ -94,6 +95,7 @@ static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_
                             int64_t col_step = 1) {
   BandLayout b;
   b.channels = channels;
+  b.first_channel = 0;
   b.rows = rows;
   b.cols = cols;
   b.row_step = row_step;
@@ -178,7 +180,7 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
   const int64_t inside_end = max64(inside_begin, min64(b.cols, divide_up(max64(0, width - col0), b.col_step)));
   const int64_t step = b.col_step * b.channels;
   for (int64_t block = 0; block < b.blocks; ++block) {
-    const int64_t channel = block * block_channels;
+    const int64_t channel = b.first_channel + block * block_channels;
     for (int64_t row = 0; row < b.rows; ++row) {
       typename M::Unit* out = scratch + (block * b.rows + row) * b.slots * B;
       const int64_t h = row0 + row * b.row_step;

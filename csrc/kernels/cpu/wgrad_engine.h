@@ -232,6 +232,16 @@ template <typename T> static void add_bias(Acc<T>* dbias, const T* dy, int64_t p
   }
 }
 
+// dbias of all pixels.
+template <typename T> static void whole_bias(const PreactConvWgradParams& params) {
+  const ConvGeometry& g = params.g;
+  const int64_t pixels = g.n * g.p * g.q;
+  Acc<T>* const dbias = static_cast<Acc<T>*>(params.dbias);
+  memset(dbias, 0, size_t(g.k) * sizeof(Acc<T>));
+  for (int64_t pixel = 0; pixel < pixels; pixel += kTilePass)
+    add_bias(dbias, static_cast<const T*>(params.dy) + pixel * g.k, min64(kTilePass, pixels - pixel), g.k);
+}
+
 // The parts' dbias in order, whichever thread made them; `partials`: the first part's, `stride` from part to part.
 template <typename A> static void finish_bias(A* dbias, const A* partials, int64_t stride, int64_t parts, int64_t channels) {
   for (int64_t k = 0; k < channels; ++k) {
@@ -259,6 +269,18 @@ RF_INLINE void write_weight(void* dweight, bool is_acc, int64_t at, int64_t step
     else
       store1(static_cast<T*>(dweight) + at, lane_value[lane]);
   }
+}
+
+// Whether dweight goes past the caches, in whole lines: it is not read before the optimizer's step, and by then gone from them.
+constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
+template <typename T> static bool can_stream_weights(const PreactConvWgradParams& params) {
+  typedef Acc<T> A;
+  constexpr int64_t L = kLanes<A>;
+  const ConvGeometry& g = params.g;
+  const WeightLayout& layout = params.weight_layout;
+  return kCanStream<A> && layout.is_acc && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
+         g.c % L == 0 && layout.stride_k % L == 0 && (g.r == 1 || layout.stride_r % L == 0) &&
+         (g.s == 1 || layout.stride_s % L == 0) && g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
 }
 
 // A vector of input channels into dweight.

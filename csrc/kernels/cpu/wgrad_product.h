@@ -10,7 +10,6 @@ namespace RF_VARIANT {
 
 constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on,
 constexpr int64_t kProductWeightsPerPixel = 32;       // more than so many to a pixel
-constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
 constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
 constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once: a run
 constexpr int64_t kReadUnits = 8;                     // of these the operands are read beside each other,
@@ -38,15 +37,6 @@ template <typename M, typename T> struct WgradProduct {
     const int64_t weights = g.k * g.c * g.r * g.s;
     return weights >= kProductWeights && weights > kProductWeightsPerPixel * pixels &&
            (slots * L + g.k) * units * kUnitPixels <= kProductValues + (kProductValues >> 4);
-  }
-
-  // Whether dweight goes past the caches, in whole lines: it is not read before the optimizer's step, and by then gone from them.
-  bool can_stream_weights() const {
-    const WeightLayout& layout = params.weight_layout;
-    return kCanStream<A> && layout.is_acc && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
-           g.c % L == 0 && layout.stride_k % L == 0 && (g.r == 1 || layout.stride_r % L == 0) &&
-           (g.s == 1 || layout.stride_s % L == 0) &&
-           g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
   }
 
   // Walks over output pixels and tells where a tap finds its input, or null outside the image.
@@ -153,7 +143,7 @@ template <typename M, typename T> struct WgradProduct {
     arrange(activations, gradients);
 
     const WeightLayout& layout = params.weight_layout;
-    const bool streamed = can_stream_weights();
+    const bool streamed = can_stream_weights<T>(params);
 
     // Column after column of the same output channels: what is read again lies in the cache.
     constexpr int64_t kOutputs = tile_outputs(kVectors);
@@ -198,12 +188,7 @@ template <typename M, typename T> struct WgradProduct {
       }
       if (streamed) stream_fence();
     });
-    if (params.dbias) {
-      A* const dbias = static_cast<A*>(params.dbias);
-      memset(dbias, 0, size_t(g.k) * sizeof(A));
-      for (int64_t pixel = 0; pixel < pixels; pixel += kTilePass)
-        add_bias(dbias, static_cast<const T*>(params.dy) + pixel * g.k, min64(kTilePass, pixels - pixel), g.k);
-    }
+    if (params.dbias) whole_bias<T>(params);
   }
 };
 

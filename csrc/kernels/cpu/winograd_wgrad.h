@@ -32,6 +32,55 @@ RF_INLINE void store_narrow(float* p, vdouble v) {
   memcpy(p, &narrow, sizeof narrow);
 }
 
+// G^T u G of a vector of input channels, tap by tap. sum_of(position, half): half of the sums of a position, as doubles.
+template <typename F, typename SumOf>
+RF_INLINE void transform_weight_gradient(float (&taps)[9][kLanes<float>], const SumOf& sum_of) {
+  constexpr int L = kLanes<float>, P = F::kPoints;
+  for (int half = 0; half < 2; ++half) {
+    vdouble columns[P][3];
+    for (int j = 0; j < P; ++j) {
+      vdouble u[P];
+      for (int r = 0; r < P; ++r) u[r] = sum_of(r * P + j, half);
+      F::weight_gradient(u, columns[j]);
+    }
+    for (int r = 0; r < 3; ++r) {
+      vdouble row[P], g3[3];
+      for (int j = 0; j < P; ++j) row[j] = columns[j][r];
+      F::weight_gradient(row, g3);
+      for (int s = 0; s < 3; ++s) store_narrow(taps[3 * r + s] + half * L / 2, g3[s]);
+    }
+  }
+}
+
+// A dY A^T of one tile, L outputs of it from k on. dy: its first pixel's outputs; the rows and columns of it that exist; the
+// results `step` apart from position to position.
+template <typename F, typename T>
+RF_INLINE void transform_gradient(float* out, int64_t step, const T* dy, int64_t line, int64_t k, int64_t channels, int64_t rows,
+                                  int64_t cols) {
+  constexpr int L = kLanes<float>, P = F::kPoints, TILE = F::kTile;
+  const int64_t left = channels - k;
+  vfloat columns[TILE][P];
+#pragma GCC unroll 4
+  for (int j = 0; j < TILE; ++j) {
+    vfloat y[TILE];
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE; ++r) {
+      const T* const at = dy + r * line + j * channels + k;
+      y[r] = r >= rows || j >= cols ? vfloat{} : left >= L ? load(at) : load_partial<T>(at, int(left));
+    }
+    F::gradient(y, columns[j]);
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < P; ++r) {
+    vfloat row[TILE], z[P];
+#pragma GCC unroll 4
+    for (int j = 0; j < TILE; ++j) row[j] = columns[j][r];
+    F::gradient(row, z);
+#pragma GCC unroll 6
+    for (int j = 0; j < P; ++j) store(out + (r * P + j) * step, z[j]);
+  }
+}
+
 template <typename T> struct WinogradWgrad {
   typedef ModeF32 M;
   typedef float A;
@@ -66,29 +115,9 @@ template <typename T> struct WinogradWgrad {
   // A dY A^T of a row of tiles. dy: row of the first, [cols][k]; the rows of it that exist.
   void transform_grads(const Strip& s, float* out, const T* dy, int64_t rows, int64_t first_col, int64_t count) const {
     for (int64_t tile = 0; tile < count; ++tile, out += s.grad_pixel) {
-      const int64_t col = first_col + TILE * tile, cols = min64(TILE, g.q - col);
-      for (int64_t k = 0; k < g.k; k += L) {
-        vfloat columns[TILE][P];
-#pragma GCC unroll 4
-        for (int j = 0; j < TILE; ++j) {
-          vfloat y[TILE];
-#pragma GCC unroll 4
-          for (int r = 0; r < TILE; ++r) {
-            const T* const at = dy + (r * g.q + col + j) * g.k + k;
-            y[r] = r >= rows || j >= cols ? vfloat{} : g.k - k >= L ? load(at) : load_partial<T>(at, int(g.k - k));
-          }
-          F::gradient(y, columns[j]);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < P; ++r) {
-          vfloat row[TILE], z[P];
-#pragma GCC unroll 4
-          for (int j = 0; j < TILE; ++j) row[j] = columns[j][r];
-          F::gradient(row, z);
-#pragma GCC unroll 6
-          for (int j = 0; j < P; ++j) store(out + k + (r * P + j) * s.grad_step, z[j]);
-        }
-      }
+      const int64_t col = first_col + TILE * tile;
+      for (int64_t k = 0; k < g.k; k += L)
+        transform_gradient<F>(out + k, s.grad_step, dy + col * g.k, g.q * g.k, k, g.k, rows, min64(TILE, g.q - col));
     }
   }
 
@@ -177,22 +206,12 @@ template <typename T> struct WinogradWgrad {
         const A* const first = partials + (group * g.k + k * vectors + block - group) * L;
         const int64_t base = channel * layout.stride_c + k * layout.stride_k, lanes = min64(L, g.c - channel);
         A taps[9][L];
-        for (int half = 0; half < 2; ++half) {
-          vdouble columns[P][3];
-          for (int j = 0; j < P; ++j) {
-            vdouble u[P] = {};
-            for (int r = 0; r < P; ++r)
-              for (int64_t part = 0; part < plan.parts; ++part)
-                u[r] += load_wide(first + (r * P + j) * sum_step + part * stride + half * L / 2);
-            F::weight_gradient(u, columns[j]);
-          }
-          for (int r = 0; r < 3; ++r) {
-            vdouble row[P], g3[3];
-            for (int j = 0; j < P; ++j) row[j] = columns[j][r];
-            F::weight_gradient(row, g3);
-            for (int s = 0; s < 3; ++s) store_narrow(taps[3 * r + s] + half * L / 2, g3[s]);
-          }
-        }
+        transform_weight_gradient<F>(taps, [&](int64_t position, int half) __attribute__((always_inline)) {
+          vdouble sum = {};
+          for (int64_t part = 0; part < plan.parts; ++part)
+            sum += load_wide(first + position * sum_step + part * stride + half * L / 2);
+          return sum;
+        });
         for (int tap = 0; tap < 9; ++tap) {
           const vfloat value = load(taps[tap]);
           probe += value * 0.f;
