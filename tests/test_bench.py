@@ -173,6 +173,29 @@ class TestAccuracy:
         found = step_accuracy.verify(TWO, mode, ["fp32", "bf16"])
         assert all(accuracy.ok and accuracy.compared == quantities for accuracy in found.values())
 
+    @pytest.mark.parametrize("mode, quantities", [("train", 100 + 81), ("inference", 2)])
+    def test_the_whole_batch_is_verified(self, mode, quantities, monkeypatch):
+        """In copies of the images that there is time for in float64: kernels depend on sizes."""
+        monkeypatch.setattr(benchmark_net, "_VERIFY_GFLOP", 0.0)
+        net = BenchmarkNet(NET, 32, 8)
+        assert net.verify_batch_size == 4
+        found = step_accuracy.verify(net, mode, ["fp32", "bf16"])
+        assert all(accuracy.ok and accuracy.compared == quantities for accuracy in found.values())
+
+        class Wrong(step_accuracy.TrainingStep):
+            def losses(self):
+                whole = super().losses()
+                return whole * 1.01 if len(whole) == 8 else whole
+
+        class WrongPass(step_accuracy.InferencePass):
+            def __call__(self):
+                whole = super().__call__()
+                return whole * 1.01 if len(whole) == 8 else whole
+
+        monkeypatch.setattr(step_accuracy, "TrainingStep", Wrong)
+        monkeypatch.setattr(step_accuracy, "InferencePass", WrongPass)
+        assert not step_accuracy.verify(net, mode, ["fp32"])["fp32"].ok
+
     def test_calibration_keeps_a_deep_net_finite(self):
         net = BenchmarkNet("preact_resnet164_cifar", 16, 2)
         step = inference_pass.InferencePass(CONTENDERS[0], net, *net.batch(), autocast=False)

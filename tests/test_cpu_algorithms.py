@@ -285,22 +285,27 @@ def test_both_gradients_of_1x1_keep_what_is_not_finite(backend, c, k, dtype, slo
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
-def test_outputs_past_the_caches(backend, dtype, joined):
+def test_outputs_past_the_caches(backend, dtype, kernel, stride, joined):
     """From 8 MiB on they are written past the caches: the same bits as image by image, where they are not."""
-    x, weight, dy = tensors(Shape(8, 64, 91, 91, 16), dtype, torch.randn)
+    geometry = ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
+    x, weight, dy = tensors(Shape(8, 64, 91, 91, 16, (kernel, kernel), *geometry[:2]), dtype, torch.randn)
+    small, back = torch.randn(8, 16, 91 * stride, 91 * stride), torch.randn(64, 16, kernel, kernel)
+    small, back = small.to(dtype).contiguous(memory_format=CL), back.to(dtype)
     assert x.nbytes >= 8 << 20 > x[:1].nbytes
-    bn, beside = bn_rows(64, dtype), torch.randn_like(x) if joined else None
-    back, narrow = weight.transpose(0, 1).contiguous(), bn[:, :16].contiguous()
-    same = ((1, 1), (0, 0), (1, 1), 1)
+    bn, narrow = bn_rows(64, dtype), bn_rows(16, dtype)
+    beside = torch.randn_like(x) if joined else None
 
     def outputs(at):
         given = None if beside is None else beside[at]
-        y, _ = primitives.preact_conv_forward(dy[at], narrow, back, None, given, 0.0, *same, True)
-        dz, _ = primitives.preact_conv_dgrad(dy[at], weight, x[at], bn, given, 0.0, *same)
-        both = primitives.preact_conv_backward_1x1(dy[at], weight, x[at], bn, given, 0.0, False)
-        return y, dz, both[0]
+        y, _ = primitives.preact_conv_forward(small[at], narrow, back, None, given, 0.0, *geometry, True)
+        assert y.shape[1:] == x.shape[1:]
+        dz, _ = primitives.preact_conv_dgrad(dy[at], weight, x[at], bn, given, 0.0, *geometry)
+        if kernel > 1:
+            return y, dz
+        return y, dz, primitives.preact_conv_backward_1x1(dy[at], weight, x[at], bn, given, 0.0, False)[0]
 
     whole = outputs(slice(None))
     for i in range(len(x)):

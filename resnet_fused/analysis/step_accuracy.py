@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,10 +92,24 @@ def verify(net: BenchmarkNet, mode: str, dtypes: Iterable[str]) -> dict[str, Acc
     """Compare the fused net with the plain one, from the same weights and on the same batch, of
     ``net.verify_batch_size`` images, in each of ``dtypes``.
 
+    Where that is a part of ``net.batch_size``, the fused net also takes as many copies of it as there are images
+    (kernels depend on sizes): losses, logits and gradients are those of one copy, and so are a batch's statistics.
+
     Args: mode: "train": losses, gradients and running statistics; "inference": the logits in eval mode.
     """
     images, labels = net.batch(net.verify_batch_size)
     return (_verify_inference if mode == "inference" else _verify_step)(net, images, labels, dtypes)
+
+
+def _worse(one: Accuracy, other: Accuracy) -> Accuracy:
+    worst = max(one, other, key=lambda accuracy: (accuracy.failed, accuracy.used))
+    return replace(worst, failed=one.failed + other.failed, compared=one.compared + other.compared)
+
+
+def _of_copies(quantities: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+    """What so many copies of the batch give. An unbiased variance depends on the number of values: left out."""
+    return {name: value.repeat((copies,) + (1,) * (value.dim() - 1)) if name in ("losses", "logits") else value
+            for name, value in quantities.items() if not name.endswith("running_var")}
 
 
 def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
@@ -117,6 +131,12 @@ def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
         doubt = None if dtype == "bf16" else signs_in_doubt(step(channels_last), pre_activations)
         plains = [_run(step(nchw)), _run(step(channels_last))]
         results[dtype] = compare(exact, _run(step(fused)), plains, DTYPES[dtype], doubt)
+        if (copies := net.batch_size // len(images)) > 1:
+            whole = TrainingStep(fused, net, images.repeat(copies, 1, 1, 1), labels.repeat(copies),
+                                 autocast=dtype == "bf16")
+            results[dtype] = _worse(results[dtype], compare(
+                _of_copies(exact, copies), _of_copies(_run(whole), 1),
+                [_of_copies(plain, copies) for plain in plains], DTYPES[dtype], doubt))
     return results
 
 
@@ -124,8 +144,9 @@ def _verify_inference(net: BenchmarkNet, images: Tensor, labels: Tensor,
                       dtypes: Iterable[str]) -> dict[str, Accuracy]:
     state = calibrated_state(net)
 
-    def logits(contender: Contender, dtype: str) -> dict[str, Tensor]:
-        one = InferencePass(contender, net, images, labels, autocast=dtype == "bf16", state=state)
+    def logits(contender: Contender, dtype: str, copies: int = 1) -> dict[str, Tensor]:
+        one = InferencePass(contender, net, images.repeat(copies, 1, 1, 1), labels.repeat(copies),
+                            autocast=dtype == "bf16", state=state)
         if dtype == "fp64":
             one.model.double()
             one.images = one.images.double()
@@ -133,9 +154,15 @@ def _verify_inference(net: BenchmarkNet, images: Tensor, labels: Tensor,
 
     nchw, channels_last, fused = CONTENDERS
     exact = logits(nchw, "fp64")
-    return {dtype: compare(exact, logits(fused, dtype), [logits(nchw, dtype), logits(channels_last, dtype)],
-                           DTYPES[dtype])
-            for dtype in dtypes}
+    copies, results = net.batch_size // len(images), {}
+    for dtype in dtypes:
+        plains = [logits(nchw, dtype), logits(channels_last, dtype)]
+        results[dtype] = compare(exact, logits(fused, dtype), plains, DTYPES[dtype])
+        if copies > 1:
+            results[dtype] = _worse(results[dtype], compare(
+                _of_copies(exact, copies), logits(fused, dtype, copies),
+                [_of_copies(plain, copies) for plain in plains], DTYPES[dtype]))
+    return results
 
 
 def signs_in_doubt(step: TrainingStep, exact: list[Tensor]) -> dict[str, float]:

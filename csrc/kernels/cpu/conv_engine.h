@@ -315,7 +315,8 @@ template <typename T> RF_INLINE bool should_stream(const T* out, int64_t pixels,
 }
 
 // Stores one vector of channels of NP pixels, `step` apart, as the next reader sees them; column becomes what was stored.
-// Streamed bf16 waits in `lines` ([pixel][two vectors], of the calling task) for the other vector of its line.
+// Streamed bf16 waits in `lines` ([pixel][two vectors], of the calling task) for the other vector of its line, which must be the
+// next that is stored.
 template <typename T, int NP>
 RF_INLINE void store_column(T* out, int64_t channel, int64_t step, Vec<Acc<T>> (&column)[NP], bool streamed, T* lines) {
   constexpr int L = kLanes<Acc<T>>;

@@ -395,12 +395,13 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
                            Prefetcher& next) {
   constexpr int L = kLanes<float>;
   const WinogradStrips strips = winograd_strips<F>(images, out_rows, out_cols, kStripTiles);
-  // Transformed inputs [position][channel block][tile][vector], products [vector][position][tile][vector], rows of outputs.
+  // Transformed inputs [position][channel block][tile][vector], products [vector][position][tile][vector], rows of outputs
+  // [vector][row].
   // Positions lie an odd number of vectors apart: a power of two would map them all to a few cache sets.
   const int64_t input_step = (b.blocks * strips.most | 1) * L, product_step = (strips.most | 1) * L;
   const int64_t row_step = divide_up(strips.tile_cols, strips.pieces) * F::kTile * L;
   float* const inputs = static_cast<float*>(thread_scratch(
-      kScratchWinograd, size_t(F::kPositions * (input_step + 2 * product_step) + F::kTile * row_step) * sizeof(float)));
+      kScratchWinograd, size_t(F::kPositions * (input_step + 2 * product_step) + 2 * F::kTile * row_step) * sizeof(float)));
   StoreProducts products;
   products.product = inputs + F::kPositions * input_step;
   products.vector_step = F::kPositions * product_step;
@@ -437,25 +438,25 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
               input, inputs + position * input_step + begin * L, w, products, 0, begin, position * product_step);
         }
       }
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t channel = block * kOutBlock<float> + v * L;
-        const Grid grid = Grid::of(largest, load(norms + channel));
-        int64_t done = pixels_before;
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t image = (row0 + row) / strips.tile_rows, out_row = (row0 + row) % strips.tile_rows * F::kTile;
-          transform_outputs<F>(outputs, row_step, products.product + v * products.vector_step + row * cols * L, product_step,
-                               cols);
-          const int64_t pixel = first_pixel + image * image_pixels + out_row * out_cols + F::kTile * col0;
-          for (int64_t r = 0; r < min64(F::kTile, out_rows - out_row); ++r)
-            for (int64_t i = 0; i < runs; ++i) {
-              const int64_t begin = split_begin(strip_cols, runs, i), count = split_begin(strip_cols, runs, i + 1) - begin;
-              winograd_run_of<E>(count)(outputs + r * row_step + begin * L, F::kGrid ? &grid : nullptr, epilogue, channel,
-                                        pixel + r * out_cols + begin, done, &probe);
-              done += count;
-            }
-        }
-        pixels_after = done;
+      Grid grids[2];
+      for (int v = 0; v < vectors; ++v) grids[v] = Grid::of(largest, load(norms + block * kOutBlock<float> + v * L));
+      int64_t done = pixels_before;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t image = (row0 + row) / strips.tile_rows, out_row = (row0 + row) % strips.tile_rows * F::kTile;
+        for (int v = 0; v < vectors; ++v)
+          transform_outputs<F>(outputs + v * F::kTile * row_step, row_step,
+                               products.product + v * products.vector_step + row * cols * L, product_step, cols);
+        const int64_t pixel = first_pixel + image * image_pixels + out_row * out_cols + F::kTile * col0;
+        for (int64_t r = 0; r < min64(F::kTile, out_rows - out_row); ++r)
+          for (int64_t i = 0; i < runs; ++i) {
+            const int64_t begin = split_begin(strip_cols, runs, i), count = split_begin(strip_cols, runs, i + 1) - begin;
+            for (int v = 0; v < vectors; ++v)  // neighbours in memory one after the other: they may share a streamed line
+              winograd_run_of<E>(count)(outputs + (v * F::kTile + r) * row_step + begin * L, F::kGrid ? &grids[v] : nullptr,
+                                        epilogue, block * kOutBlock<float> + v * L, pixel + r * out_cols + begin, done, &probe);
+            done += count;
+          }
       }
+      pixels_after = done;
     }
     pixels_before = pixels_after;
   }
