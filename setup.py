@@ -39,6 +39,11 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-err
              "-pthread", "-DNDEBUG", "-Wall"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+# For tests on a CPU that has AVX2 only (make emulated): slow. -O1, for the emulator's loops take minutes to compile.
+if os.environ.get("RESNET_FUSED_EMULATE_AVX512"):
+    CXX_FLAGS = [*CXX_FLAGS, "-DRF_EMULATE_AVX512"]
+    AVX512 = AVX512_BF16 = [*AVX2, "-O1", "-include", "tests/avx512_emulator.h"]
 # Every multiply-add of the kernels is one rounding where the CPU has FMA, with every compiler: GCC's default,
 # said. psabi: vectors wider than a level's registers are passed between its own functions only.
 VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
@@ -46,7 +51,7 @@ VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 CUDA_DTYPES = ("float", "bfloat16", "float16")
 VARIANTS = [("generic", [])]  # position = level, as in cpu_kernels.h
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512 + ["-mavx512bf16"])]
+    VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16)]
 
 
 def fail(message):

@@ -45,18 +45,18 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(2, 96, 5, 4, 80, (3, 3), (1, 1), (2, 2), (2, 2)),
     Shape(1, 90, 4, 9, 85, (3, 3), (2, 1), (0, 3)),
     Shape(9, 330, 5, 7, 200),  # more pixels than one pass takes
-    Shape(1, 512, 2, 3, 520),  # a weight gradient of more than 1 MiB, written past the caches
+    Shape(1, 512, 2, 3, 520),  # a weight gradient of more than 1 MiB: float32 masters' is written past the caches
     Shape(5, 176, 3, 4, 336, (3, 3), (1, 1), (2, 2), (2, 2)),  # the same with several taps, in channels_last
     Shape(3, 160, 5, 6, 352, (3, 3), (2, 2), (1, 1)),
 ]
 FEW_TILES = [  # the weight gradient by Winograd's filtering as one product: at least 16 tiles, and 32 weights to a tile
-    Shape(16, 176, 4, 4, 184, (3, 3), (1, 1), (1, 1)),  # float32: 64 tiles; written past the caches
+    Shape(16, 176, 4, 4, 184, (3, 3), (1, 1), (1, 1)),  # float32: 64 tiles; float32 masters of bfloat16 past the caches
     Shape(66, 72, 4, 3, 104, (3, 3), (1, 1), (1, 1)),  # bfloat16, where pairs are multiplied too
     Shape(5, 90, 9, 10, 100, (3, 3), (1, 1), (1, 1)),  # partial tiles, partial vectors, an odd number of them
     Shape(2, 73, 7, 8, 57, (3, 3), (1, 1), (2, 0)),
 ]
-# The same in float32 of five images, then of four.
-SOME_AFTER_OTHERS = [Shape(9, 8, 16, 14, 2048, (3, 3), (1, 1), (1, 1))]
+# The same of five images, then of four.
+SOME_AFTER_OTHERS = [Shape(9, 16, 16, 16, 2048, (3, 3), (1, 1), (1, 1))]
 FEW_CHANNELS = [  # odd and even widths, whole and partial vectors of output channels, one or several tiles of the window
     Shape(2, 3, 9, 8, 16, (3, 3), (1, 1), (1, 1)),
     Shape(1, 1, 7, 7, 5, (3, 3), (1, 1), (1, 1)),
@@ -141,6 +141,22 @@ def test_integers_of_few_pixels_are_exact(shape, dtype):
     on_every_backend(check)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SOME_AFTER_OTHERS, ids=name_of)
+def test_integers_of_some_images_after_others_are_exact(shape, dtype):
+    x, weight, dy = tensors(shape, dtype, sparse_integers)
+    like = weight.to(acc(dtype)).contiguous(memory_format=CL)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy.double(), x.double(), weight.double(), None, *shape.geometry[:3], False, [0, 0], 1, [False, True, False]
+    )
+
+    def check(backend):
+        out, dbias = primitives.preact_conv_wgrad(dy, x, None, like, 0.0, *shape.geometry, True)
+        assert torch.equal(out.double(), dw) and torch.equal(dbias.double(), dy.double().sum((0, 2, 3)))
+
+    on_every_backend(check)
+
+
 @pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
 @pytest.mark.parametrize("normalised", [False, True], ids=["", "bn"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -196,7 +212,7 @@ def test_what_is_not_finite_in_few_channels(shape, dtype):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES + SOME_AFTER_OTHERS + FEW_CHANNELS, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES + FEW_CHANNELS, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_accuracy_of_weight_gradients(backend, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
@@ -213,7 +229,9 @@ def test_accuracy_of_weight_gradients(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS[:4] + FEW_PIXELS[-3:] + FEW_TILES + SOME_AFTER_OTHERS + FEW_CHANNELS + POINTWISE[3:7], ids=name_of)
+@pytest.mark.parametrize("shape", [
+    *FEW_PIXELS[:4], *FEW_PIXELS[-3:], *FEW_TILES, *SOME_AFTER_OTHERS, *FEW_CHANNELS, *POINTWISE[3:7],
+], ids=name_of)  # fmt: skip
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
     x, weight, dy = tensors(shape, dtype, torch.randn)
@@ -285,32 +303,48 @@ def test_both_gradients_of_1x1_keep_what_is_not_finite(backend, c, k, dtype, slo
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["", "dz_in"])
-@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("kernel, stride, c, k", [
+    (1, 1, 64, 16), (1, 1, 64, 17), (3, 1, 64, 16), (3, 1, 48, 16), (3, 2, 64, 16), (3, 2, 48, 16),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
-def test_outputs_past_the_caches(backend, dtype, kernel, stride, joined):
+def test_outputs_past_the_caches(backend, dtype, kernel, stride, c, k, joined):
     """From 8 MiB on they are written past the caches: the same bits as image by image, where they are not."""
     geometry = ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
-    x, weight, dy = tensors(Shape(8, 64, 91, 91, 16, (kernel, kernel), *geometry[:2]), dtype, torch.randn)
-    small, back = torch.randn(8, 16, 91 * stride, 91 * stride), torch.randn(64, 16, kernel, kernel)
+    images = -(-(8 << 20) // (c * 91 * 91 * dtype.itemsize))
+    x, weight, dy = tensors(Shape(images, c, 91, 91, k, (kernel, kernel), *geometry[:2]), dtype, torch.randn)
+    small, back = torch.randn(images, k, 91 * stride, 91 * stride), torch.randn(c, k, kernel, kernel)
     small, back = small.to(dtype).contiguous(memory_format=CL), back.to(dtype)
     assert x.nbytes >= 8 << 20 > x[:1].nbytes
-    bn, narrow = bn_rows(64, dtype), bn_rows(16, dtype)
+    bn, narrow = bn_rows(c, dtype), bn_rows(k, dtype)
     beside = torch.randn_like(x) if joined else None
 
     def outputs(at):
         given = None if beside is None else beside[at]
-        y, _ = primitives.preact_conv_forward(small[at], narrow, back, None, given, 0.0, *geometry, True)
+        y, stats = primitives.preact_conv_forward(small[at], narrow, back, None, given, 0.0, *geometry, True)
         assert y.shape[1:] == x.shape[1:]
-        dz, _ = primitives.preact_conv_dgrad(dy[at], weight, x[at], bn, given, 0.0, *geometry)
+        dz, sums = primitives.preact_conv_dgrad(dy[at], weight, x[at], bn, given, 0.0, *geometry)
         if kernel > 1:
-            return y, dz
-        return y, dz, primitives.preact_conv_backward_1x1(dy[at], weight, x[at], bn, given, 0.0, False)[0]
+            return (y, dz), (stats, sums)
+        both = primitives.preact_conv_backward_1x1(dy[at], weight, x[at], bn, given, 0.0, False)
+        return (y, dz, both[0]), (stats, sums, both[1])
 
-    whole = outputs(slice(None))
+    whole, reduced = outputs(slice(None))
     for i in range(len(x)):
-        for result, part in zip(whole, outputs(slice(i, i + 1)), strict=True):
+        for result, part in zip(whole, outputs(slice(i, i + 1))[0], strict=True):
             assert torch.equal(result[i : i + 1], part)
+
+    y, dz = whole[0].double(), whole[1].double()
+    x_hat = (x.double() - bn[0].view(1, -1, 1, 1)) * bn[1].view(1, -1, 1, 1)
+    deviations = y - y.mean((0, 2, 3), keepdim=True)
+    tolerance = 1e-5 if acc(dtype) == torch.float32 else 1e-13  # of the sum of the magnitudes
+    pixels = y.numel() / c
+    for got, terms, count in (
+        (reduced[0][0], y, pixels), (reduced[0][1], deviations.square(), 1),
+        *((sums[i], t, 1) for sums in reduced[1:] for i, t in enumerate((dz, dz * x_hat))),
+    ):  # fmt: skip
+        error = got.double() - terms.sum((0, 2, 3)) / count
+        assert (error.abs() <= tolerance * terms.abs().sum((0, 2, 3)) / count).all()
 
 
 def test_both_gradients_of_1x1_where_there_is_no_kernel():

@@ -20,6 +20,9 @@ inline int detect_simd_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+#if defined(RF_EMULATE_AVX512)  // tests/avx512_emulator.h
+  return 3;
+#endif
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))) {
     return 1;

@@ -85,7 +85,7 @@ template <typename T> struct WinogradWgrad {
   typedef ModeF32 M;
   typedef float A;
   typedef FilterOf<T> F;
-  static constexpr int L = kLanes<A>, P = F::kPoints, TILE = F::kTile;
+  static constexpr int L = kLanes<A>, TILE = F::kTile;
 
   const PreactConvWgradParams& params;
   const ConvGeometry& g;
