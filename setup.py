@@ -40,7 +40,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-# For tests on a CPU that has AVX2 only (make emulated): slow. -O1, for the emulator's loops take minutes to compile.
+# For tests on a CPU that has AVX2 only (make emulated): slow. -O1: the emulator's loops take long to compile.
 if os.environ.get("RESNET_FUSED_EMULATE_AVX512"):
     CXX_FLAGS = [*CXX_FLAGS, "-DRF_EMULATE_AVX512"]
     AVX512 = AVX512_BF16 = [*AVX2, "-O1", "-include", "tests/avx512_emulator.h"]

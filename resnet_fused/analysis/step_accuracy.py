@@ -92,8 +92,9 @@ def verify(net: BenchmarkNet, mode: str, dtypes: Iterable[str]) -> dict[str, Acc
     """Compare the fused net with the plain one, from the same weights and on the same batch, of
     ``net.verify_batch_size`` images, in each of ``dtypes``.
 
-    Where that is a part of ``net.batch_size``, the fused net also takes as many copies of it as there are images
-    (kernels depend on sizes): losses, logits and gradients are those of one copy, and so are a batch's statistics.
+    Where that is a part of ``net.batch_size``, the fused net also takes as many copies of it as there are
+    images (kernels depend on sizes): losses, logits and gradients are those of one copy, and so are a batch's
+    statistics.
 
     Args: mode: "train": losses, gradients and running statistics; "inference": the logits in eval mode.
     """
@@ -108,8 +109,10 @@ def _worse(one: Accuracy, other: Accuracy) -> Accuracy:
 
 def _of_copies(quantities: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
     """What so many copies of the batch give. An unbiased variance depends on the number of values: left out."""
-    return {name: value.repeat((copies,) + (1,) * (value.dim() - 1)) if name in ("losses", "logits") else value
-            for name, value in quantities.items() if not name.endswith("running_var")}
+    return {
+        name: value.repeat(copies, *(1,) * (value.dim() - 1)) if name in ("losses", "logits") else value
+        for name, value in quantities.items() if not name.endswith("running_var")
+    }
 
 
 def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
