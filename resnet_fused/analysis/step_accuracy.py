@@ -17,7 +17,7 @@ shows what they do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,17 +102,26 @@ def verify(net: BenchmarkNet, mode: str, dtypes: Iterable[str]) -> dict[str, Acc
     return (_verify_inference if mode == "inference" else _verify_step)(net, images, labels, dtypes)
 
 
-def _worse(one: Accuracy, other: Accuracy) -> Accuracy:
-    worst = max(one, other, key=lambda accuracy: (accuracy.failed, accuracy.used))
-    return replace(worst, failed=one.failed + other.failed, compared=one.compared + other.compared)
-
-
 def _of_copies(quantities: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
     """What so many copies of the batch give. An unbiased variance depends on the number of values: left out."""
     return {
         name: value.repeat(copies, *(1,) * (value.dim() - 1)) if name in ("losses", "logits") else value
         for name, value in quantities.items() if not name.endswith("running_var")
     }
+
+
+def _compare_with_copies(exact: Mapping[str, Tensor], fused: Callable[[int], Mapping[str, Tensor]],
+                         plains: list[Mapping[str, Tensor]], dtype: torch.dtype, copies: int,
+                         doubt: Mapping[str, float] | None = None) -> Accuracy:
+    """:func:`compare` for the batch, and for so many copies of it; fused: what the fused net gives for a number
+    of them."""
+    one = compare(exact, fused(1), plains, dtype, doubt)
+    if copies == 1:
+        return one
+    whole = compare(_of_copies(exact, copies), _of_copies(fused(copies), 1),
+                    [_of_copies(plain, copies) for plain in plains], dtype, doubt)
+    worst = max(one, whole, key=lambda accuracy: (accuracy.failed, accuracy.used))
+    return replace(worst, failed=one.failed + whole.failed, compared=one.compared + whole.compared)
 
 
 def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
@@ -128,18 +137,14 @@ def _verify_step(net: BenchmarkNet, images: Tensor, labels: Tensor,
 
     results = {}
     for dtype in dtypes:
-        def step(contender):
-            return TrainingStep(contender, net, images, labels, autocast=dtype == "bf16")
+        def step(contender: Contender, copies: int = 1) -> TrainingStep:
+            return TrainingStep(contender, net, images.repeat(copies, 1, 1, 1), labels.repeat(copies),
+                                autocast=dtype == "bf16")
 
         doubt = None if dtype == "bf16" else signs_in_doubt(step(channels_last), pre_activations)
         plains = [_run(step(nchw)), _run(step(channels_last))]
-        results[dtype] = compare(exact, _run(step(fused)), plains, DTYPES[dtype], doubt)
-        if (copies := net.batch_size // len(images)) > 1:
-            whole = TrainingStep(fused, net, images.repeat(copies, 1, 1, 1), labels.repeat(copies),
-                                 autocast=dtype == "bf16")
-            results[dtype] = _worse(results[dtype], compare(
-                _of_copies(exact, copies), _of_copies(_run(whole), 1),
-                [_of_copies(plain, copies) for plain in plains], DTYPES[dtype], doubt))
+        results[dtype] = _compare_with_copies(exact, lambda copies: _run(step(fused, copies)), plains,
+                                              DTYPES[dtype], net.batch_size // len(images), doubt)
     return results
 
 
@@ -157,15 +162,12 @@ def _verify_inference(net: BenchmarkNet, images: Tensor, labels: Tensor,
 
     nchw, channels_last, fused = CONTENDERS
     exact = logits(nchw, "fp64")
-    copies, results = net.batch_size // len(images), {}
-    for dtype in dtypes:
-        plains = [logits(nchw, dtype), logits(channels_last, dtype)]
-        results[dtype] = compare(exact, logits(fused, dtype), plains, DTYPES[dtype])
-        if copies > 1:
-            results[dtype] = _worse(results[dtype], compare(
-                _of_copies(exact, copies), logits(fused, dtype, copies),
-                [_of_copies(plain, copies) for plain in plains], DTYPES[dtype]))
-    return results
+    return {
+        dtype: _compare_with_copies(exact, lambda copies: logits(fused, dtype, copies),
+                                    [logits(nchw, dtype), logits(channels_last, dtype)], DTYPES[dtype],
+                                    net.batch_size // len(images))
+        for dtype in dtypes
+    }
 
 
 def signs_in_doubt(step: TrainingStep, exact: list[Tensor]) -> dict[str, float]:

@@ -108,8 +108,8 @@ def table(cell: Cell) -> str:
     header = " ".join([" " * 22, *(f"{name:>8}" for name in times),
                        *(f"{name:>9}" for name in ("saved MB", "peak MB", "RSS MB"))])
     net, verified = cell.net, ""
-    if net.verify_batch_size != net.batch_size:
-        verified = f" (with a batch of {net.verify_batch_size})"
+    if (size := net.verify_batch_size) != net.batch_size:
+        verified = f" (a batch of {size}, and {net.batch_size // size} copies of it in one)"
     lines = [f"{net.name}, {'inference, ' if cell.mode == 'inference' else ''}{cell.dtype}, batch "
              f"{net.batch_size}, {net.size}x{net.size}, {_counted(cell.threads, 'thread')}, "
              f"{_counted(cell.rounds, 'round')}",

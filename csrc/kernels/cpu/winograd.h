@@ -281,6 +281,23 @@ RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, i
   }
 }
 
+// Whether a sum of values times 0 is 0 in every lane: then all values were finite.
+RF_INLINE bool is_zero(vfloat probe) {
+  float lanes[kLanes<float>];
+  store(lanes, probe);
+  for (float lane : lanes)
+    if (lane != 0) return false;
+  return true;
+}
+// Runs all tasks; whether the body returned true for each of them.
+template <typename F> static bool parallel_all(const Parallel& parallel, int64_t tasks, const F& body) {
+  bool* const results = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(tasks)));
+  parallel_for(parallel, tasks, [&](int64_t task) { results[task] = body(task); });
+  for (int64_t task = 0; task < tasks; ++task)
+    if (!results[task]) return false;
+  return true;
+}
+
 // Tiles are taken in strips, so that both transforms of a strip stay near the core: rows of tiles, which may be of several
 // images, or pieces of one row.
 struct WinogradStrips {
@@ -460,11 +477,7 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
     }
     pixels_before = pixels_after;
   }
-  float left[L];
-  store(left, probe);
-  for (int lane = 0; lane < L; ++lane)
-    if (left[lane] != 0) return false;
-  return true;
+  return is_zero(probe);
 }
 
 // A convolution, or an input gradient, which is one of dy with the turned kernel.
@@ -528,9 +541,8 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
       kScratchPack, size_t(winograd_packed_floats<F>(pack) + winograd_norm_floats(pack)) * sizeof(float)));
   float* const norms = packed + winograd_packed_floats<F>(pack);
   pack_winograd<T>(packed, norms, parallel, pack, weight, layout, turned);
-  bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.tasks())));
   const BandLayout largest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
-  parallel_for(parallel, plan.tasks(), [&](int64_t task) {
+  return parallel_all(parallel, plan.tasks(), [&](int64_t task) {
     const int64_t part = task / plan.groups, first_block = plan.first_block(task), last_block = plan.last_block(task);
     const int64_t images = plan.image_count(part), out_rows = plan.row_count(part), row0 = plan.first_row(part) + p.top;
     const BandLayout b = make_band<ModeF32>(p.in_channels, round_up(out_rows, F::kTile) + 2, plan.cols, 1);
@@ -556,13 +568,11 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
     }
     const auto epilogue =
         make_epilogue(part, first_block * kOutBlock<float>, min64(p.out_channels, last_block * kOutBlock<float>));
-    finite[task] = winograd_bands<F>(bands, largest, b, images, packed, norms, pack, out_rows, p.out_w, plan.first_pixel(part),
-                                     p.out_h * p.out_w, first_block, last_block, epilogue, next);
+    const bool finite = winograd_bands<F>(bands, largest, b, images, packed, norms, pack, out_rows, p.out_w,
+                                          plan.first_pixel(part), p.out_h * p.out_w, first_block, last_block, epilogue, next);
     stream_fence();  // the epilogue may have streamed its output
+    return finite;
   });
-  for (int64_t task = 0; task < plan.tasks(); ++task)
-    if (!finite[task]) return false;
-  return true;
 }
 
 }  // namespace RF_VARIANT

@@ -197,8 +197,7 @@ template <typename T> struct WinogradWgrad {
     const WeightLayout& layout = params.weight_layout;
     constexpr int64_t kOutputs = 4;  // per task
     const int64_t outputs = divide_up(g.k, kOutputs), tasks = plan.blocks * outputs;
-    bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(tasks)));
-    parallel_for(params.parallel, tasks, [&](int64_t task) {
+    const bool finite = parallel_all(params.parallel, tasks, [&](int64_t task) {
       const int64_t block = task / outputs, group = block / 2 * 2, vectors = min64(2, plan.blocks - group);
       const int64_t channel = block * L;
       Vec<A> probe = {};
@@ -218,17 +217,11 @@ template <typename T> struct WinogradWgrad {
           write_weight<T>(params.dweight, layout, base + tap / 3 * layout.stride_r + tap % 3 * layout.stride_s, value, lanes);
         }
       }
-      A lane_probe[L];
-      store(lane_probe, probe);
-      finite[task] = true;
-      for (int lane = 0; lane < L; ++lane)
-        if (lane_probe[lane] != 0) finite[task] = false;
+      return is_zero(probe);
     });
-    for (int64_t task = 0; task < tasks; ++task)
-      if (!finite[task]) return false;
-    if (params.dbias)
+    if (finite && params.dbias)
       finish_bias(static_cast<A*>(params.dbias), partials + partial_size, stride, plan.parts, g.k);
-    return true;
+    return finite;
   }
 };
 

@@ -46,6 +46,8 @@ template <typename T> struct WinogradWgradProduct {
     grad_step = (outputs * tiles | 1) * L;
   }
 
+  int64_t operand_bytes() const { return F::kPositions * (input_step + grad_step) * int64_t(sizeof(A)); }
+
   // Limits as measured on 2 cores of Zen 3 (AVX2), 64-640 channels, 8-4096 tiles. Pairs of bf16, two products at once, are not
   // done there: against them 64 tiles, by the number of products, and only instead of the direct algorithm.
   bool fits() const {
@@ -53,7 +55,7 @@ template <typename T> struct WinogradWgradProduct {
     const int64_t weights = g.c * g.k, all_tiles = g.n * tile_rows * tile_cols;
     return kHasWinograd<T> && winograd_takes(g) && g.c >= 8 && g.k >= 8 && weights >= kWinogradProductWeights &&
            all_tiles >= (kPairs ? 64 : 16) && 2 * g.n * g.p * g.q >= all_tiles * TILE * TILE &&
-           F::kPositions * (input_step + grad_step) * int64_t(sizeof(A)) <= kWinogradProductBytes + (kWinogradProductBytes >> 4) &&
+           operand_bytes() <= kWinogradProductBytes + (kWinogradProductBytes >> 4) &&
            (!winograd_wgrad_fits<T>(g) || (!kPairs && weights >= kWinogradProductWeightsPerTile * all_tiles));
   }
 
@@ -129,6 +131,7 @@ template <typename T> struct WinogradWgradProduct {
     }
   }
 
+  // A vector of input channels of dweight, which is of dtype acc; write_weight stores one.
   vfloat read(int64_t at, int64_t lanes) const {
     const A* const from = static_cast<const A*>(params.dweight) + at;
     const int64_t step = params.weight_layout.stride_c;
@@ -168,8 +171,7 @@ template <typename T> struct WinogradWgradProduct {
 
   // Returns false, with dweight to be computed again, if not all sums were finite.
   bool run() const {
-    A* const inputs = static_cast<A*>(
-        thread_scratch(kScratchPartial, size_t(F::kPositions * (input_step + grad_step)) * sizeof(A)));
+    A* const inputs = static_cast<A*>(thread_scratch(kScratchPartial, size_t(operand_bytes())));
     for (int64_t first = 0; first < g.n; first += images)
       if (!add_images(inputs, inputs + F::kPositions * input_step, first, min64(images, g.n - first))) return false;
     if (params.dbias) whole_bias<T>(params);
@@ -185,8 +187,7 @@ template <typename T> struct WinogradWgradProduct {
     const int64_t columns = divide_up(blocks, int64_t(kVectors)), tasks = ranges * columns;
     const int64_t count = image_count * tile_rows * tile_cols;
     const bool fresh = first_image == 0, streamed = first_image + image_count == g.n && can_stream_weights<T>(params);
-    bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(tasks)));
-    parallel_for(params.parallel, tasks, [&](int64_t task) {
+    return parallel_all(params.parallel, tasks, [&](int64_t task) {
       const int64_t range = task / columns, slot = task % columns * kVectors;
       const int vectors = int(min64(kVectors, blocks - slot));
       const int64_t begin = split_begin(grad_blocks, ranges, range), end = split_begin(grad_blocks, ranges, range + 1);
@@ -198,15 +199,8 @@ template <typename T> struct WinogradWgradProduct {
       for (int64_t block = begin; block < end; ++block)
         probe += write(sums + (block - begin) * kBlockSums, slot, vectors, block, fresh, streamed);
       if (streamed) stream_fence();
-      A lanes[L];
-      store(lanes, probe);
-      finite[task] = true;
-      for (int lane = 0; lane < L; ++lane)
-        if (lanes[lane] != 0) finite[task] = false;
+      return is_zero(probe);
     });
-    for (int64_t task = 0; task < tasks; ++task)
-      if (!finite[task]) return false;
-    return true;
   }
 };
 
