@@ -11,7 +11,7 @@ namespace RF_VARIANT {
 constexpr int kPackChannels = 32;
 
 #if RF_LEVEL >= 2
-// 16 rows of 16 lanes, transposed in place: pairs of rows, then of pairs, then of quarters of vectors.
+// As many rows as lanes, 16, transposed in place: pairs of rows, then of pairs, then of quarters of vectors.
 RF_INLINE void transpose(__m512 (&v)[16]) {
   constexpr __mmask16 kAll = 0xffff;  // GCC 12 takes the unmasked names for reads of uninitialised vectors
   __m512 t[16];
@@ -41,6 +41,33 @@ RF_INLINE void transpose(__m512 (&v)[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
+typedef __m512 Row;
+#elif RF_LEVEL == 1
+// 8 rows of 8 lanes.
+RF_INLINE void transpose(__m256 (&v)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // v[4 i + j]: lane j of each half, of rows 4 i to 4 i + 3
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      v[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0x44);
+      v[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm256_permute2f128_ps(v[j], v[4 + j], 0x20);
+    t[4 + j] = _mm256_permute2f128_ps(v[j], v[4 + j], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+typedef __m256 Row;
 #endif
 
 // A block of output channels is one or two vectors wide.
@@ -59,7 +86,7 @@ template <typename S> RF_INLINE int64_t pack_ahead(int64_t channel, int64_t chan
 
 // Whole vectors of outputs, where inputs or outputs are neighbours in memory, go from there to their place by way of registers:
 // by pack_vector, or in pairs of channels by pack_pairs.
-#if RF_LEVEL >= 2
+#if RF_LEVEL >= 1
 // A vector of outputs, [unit][lane] of `channels` input channels of one tap; in_stride or out_stride is 1.
 template <typename T, typename S>
 RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t channels, int64_t in_stride, int64_t out_stride) {
@@ -74,12 +101,12 @@ RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t cha
   }
   for (int64_t channel = 0; channel < channels; channel += L) {
     const int64_t valid = min64(L, channels - channel), ahead = pack_ahead<S>(channel, channels, out_stride);
-    __m512 rows[L];
+    Row rows[L];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < L; ++lane) {
       const S* const line = from + lane * out_stride + channel;
       prefetch_weights(line + ahead);
-      rows[lane] = (__m512)value(valid == L ? load(line) : load_partial(line, int(valid)));
+      rows[lane] = (Row)value(valid == L ? load(line) : load_partial(line, int(valid)));
     }
     transpose(rows);
     if (valid == L) {
@@ -111,7 +138,7 @@ template <typename T> struct WeightBlock {
  private:
   template <typename S>
   void read_from(const S* from, int64_t channels, int64_t lanes, int64_t in_stride, int64_t out_stride) {
-#if RF_LEVEL >= 2
+#if RF_LEVEL >= 1
     if constexpr (sizeof(A) == 4)
       if (lanes == L && (in_stride == 1 || out_stride == 1))
         return pack_vector<T>(values[0], L, from, channels, in_stride, out_stride);
@@ -220,7 +247,7 @@ static bool pack_neighbours(typename M::Unit* out, const S* from, int64_t channe
     return true;
   }
 #endif
-#if RF_LEVEL >= 2
+#if RF_LEVEL >= 1
   if constexpr (M::kUnitChannels == 1 && sizeof(typename M::A) == sizeof(float)) {
     for (int v = 0; v < vectors; ++v)
       pack_vector<T>(out + v * kLanes<float>, vectors * kLanes<float>, from + v * kLanes<float> * out_stride, channels,

@@ -271,6 +271,11 @@ RF_INLINE void write_weight(void* dweight, bool is_acc, int64_t at, int64_t step
   }
 }
 
+// Whether dweight is stored in the dtype that it is summed in.
+template <typename T> RF_INLINE bool is_unrounded(const WeightLayout& layout) {
+  return layout.is_acc || sizeof(T) == sizeof(Acc<T>);
+}
+
 // Whether dweight goes past the caches, in whole lines: it is not read before the optimizer's step, and by then gone from them.
 constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
 template <typename T> static bool can_stream_weights(const PreactConvWgradParams& params) {
@@ -278,7 +283,7 @@ template <typename T> static bool can_stream_weights(const PreactConvWgradParams
   constexpr int64_t L = kLanes<A>;
   const ConvGeometry& g = params.g;
   const WeightLayout& layout = params.weight_layout;
-  return kCanStream<A> && layout.is_acc && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
+  return kCanStream<A> && is_unrounded<T>(layout) && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
          g.c % L == 0 && layout.stride_k % L == 0 && (g.r == 1 || layout.stride_r % L == 0) &&
          (g.s == 1 || layout.stride_s % L == 0) && g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
 }

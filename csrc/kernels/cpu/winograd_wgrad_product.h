@@ -39,7 +39,7 @@ template <typename T> struct WinogradWgradProduct {
     const int64_t outputs = divide_up(g.k, L);
     const int64_t image_bytes = F::kPositions * tile_rows * tile_cols * (blocks + outputs) * L * int64_t(sizeof(A));
     // Results in T would be rounded before they are added.
-    if (params.weight_layout.is_acc || sizeof(T) == sizeof(A))
+    if (is_unrounded<T>(params.weight_layout))
       images = divide_up(g.n, divide_up(g.n, max64(1, kWinogradProductBytes / image_bytes)));
     tiles = images * tile_rows * tile_cols;
     input_step = (blocks * tiles | 1) * L;
