@@ -178,6 +178,75 @@ def test_errors_are_those_of_the_checks():
         fused(wide, norms, [conv(8, 8, 1, 2), conv(8, 8)], conv(8, 8, 1, 2))
 
 
+def test_lists_of_other_lengths():
+    """Of known shapes, too: parameters reach C++ as one list, where the length of each could not be seen."""
+    x, norms, convs, _ = unit("basic")
+    fused(x, norms, convs)
+    ones = torch.ones(8)
+    for changed in (0, 4):  # the BatchNorms' weights and biases; running means and variances
+        lists = [[ones] * 2 for _ in range(4)] + [[c.weight for c in convs], [None] * 2]
+        lists[changed // 2], lists[changed // 2 + 1] = [ones], [ones] * 3
+        with pytest.raises(RuntimeError, match="expected at least one convolution, and a BatchNorm"):
+            torch.ops.resnet_fused.residual_unit(
+                x, None, *lists, None, None, [True] * 2, [1e-5] * 2, 0.0, [1, 1] * 2, [1, 1] * 2, [1, 1] * 2,
+                [1] * 2, [1, 1], False, False,
+            )  # fmt: skip
+
+
+class TestOptions:
+    """What the operators for units say to options that do not fit."""
+
+    def arguments(self):
+        x, norms, convs, _ = unit("basic")
+        shapes = whole_unit.UnitShapes(
+            [c.weight.shape for c in convs], [None], [1, 1] * 2, [1, 1] * 2, [1, 1] * 2, [1] * 2, [1, 1], [2]
+        )
+        options = whole_unit.options(0.0, [True] * 2, [1e-5] * 2, shapes)
+        parameters = [None] * 4 + [c.weight for c in convs] + [None] * 4
+        return x.detach().contiguous(memory_format=CL), [*parameters], options
+
+    def call(self, x, parameters, options, running=(), momenta=()):
+        with torch.no_grad():
+            return torch.ops.resnet_fused_cpu.residual_units_forward(
+                x, None, parameters, options, list(running), list(momenta), [], False, True, True
+            )
+
+    def test_as_they_should_be(self):
+        x, parameters, options = self.arguments()
+        out, _, raw, stats, bns = self.call(x, parameters, options)
+        norms = [BatchNormArgs(None, None, None, None, True) for _ in range(2)]
+        convs = [c._replace(weight=w) for c, w in zip(unit("basic")[2], parameters[4:6], strict=True)]
+        assert torch.equal(out, fused(x, norms, convs)) and (len(raw), len(stats), len(bns)) == (1, 2, 2)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda o: o[:-1].contiguous(), "expected more than 22 options"),
+            (lambda o: torch.cat([o, o[:2]]), "expected 2 options less"),
+            (lambda o: o.float(), "expected options to be a contiguous float64 vector on the CPU"),
+            (lambda o: o[::2], "expected options to be a contiguous float64 vector on the CPU"),
+            (lambda o: torch.cat([o[:1] * 0, o[1:]]), "expected at least one unit"),
+            (lambda o: torch.cat([o[:1], o[1:2] * 0, o[2:]]), "expected at least one convolution in each unit"),
+            (lambda o: torch.cat([o[:1], o[1:2] + 1, o[2:]]), "expected 14 parameters of 3 convolutions in 1 units"),
+        ],
+    )
+    def test_wrong_options(self, change, message):
+        x, parameters, options = self.arguments()
+        with pytest.raises(RuntimeError, match=message):
+            self.call(x, parameters, change(options))
+
+    def test_wrong_lists(self):
+        x, parameters, options = self.arguments()
+        for lists, message in (
+            ((parameters[:-1],), "expected 10 parameters of 2 convolutions in 1 units, but got 9"),
+            ((parameters, [None] * 3), "expected 4 running statistics or none, but got 3"),
+            ((parameters, [None] * 4, [0.1]), "expected 2 momenta or none, but got 1"),
+            (([None] * 10,), "expected a weight of every convolution"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                self.call(x, lists[0], options, *lists[1:])
+
+
 class TestRunningStatistics:
     def norms(self, **changes):
         generator = torch.Generator().manual_seed(0)

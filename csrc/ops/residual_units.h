@@ -8,82 +8,109 @@
 
 #include "residual_unit.h"
 
-// Everything of convolutions and BatchNorms is listed over all units: lengths says how many there are in
-// each, the shortcuts' lists have an entry per unit. x, dout and raw are dense channels_last, and so are out
+// Everything of convolutions and BatchNorms is listed over all units. x, dout and raw are dense channels_last, and so are out
 // and dx.
 //
-// momenta: with which the running statistics of the BatchNorms in training are updated; empty: they are not. 1 is added to
-//   batches_tracked.
-// raw: what every convolution but the last gave, the units' sums included. stats: of what each BatchNorm
-// reads, of
-//   size 0 where it came as an argument or is not needed.
-// output_mask: x; the weights, then the biases of the BatchNorms; those of the convolutions; of the shortcuts. The gradients
-//   that it asks for come in this order, those of a BatchNorm (in the acc dtype) as rows of one tensor, the bias' first.
+// parameters: the BatchNorms' weights, then their biases; those of the convolutions; of the shortcuts, one entry per unit.
+// options: float64 on the CPU, what is the same in every call; so many lists would take longer to pass than a small unit's
+//   kernels run. See UnitOptions.
+// running_stats: the BatchNorms' running means, then their variances. momenta: with which those of the BatchNorms in training
+//   are updated; empty: they are not. 1 is added to batches_tracked.
+// raw: what every convolution but the last gave, the units' sums included. stats: of what each BatchNorm reads, of size 0
+//   where it came as an argument or is not needed. bns: the rows of each BatchNorm.
 // bns, in backward: of each BatchNorm what forward gave or, on the CPU, the statistics that it was made of, which are half
 //   as much; the BatchNorms' parameters and eps are read for these only.
 // reuse_raw: nobody reads raw afterwards. Gradients may be written over it, and it is left empty.
-// combined: of each convolution, then of each shortcut, whether preact_conv_backward_1x1 makes both of its
-// gradients,
-//   where both are needed.
-#define RF_UNITS_FORWARD_SCHEMA                                                                             \
-  "residual_units_forward(Tensor x, Tensor? x_stats, Tensor?[] bn_weights, Tensor?[] bn_biases,"            \
-  " Tensor(a!)?[] running_means, Tensor(b!)?[] running_vars, Tensor[] weights, Tensor?[] biases,"           \
-  " Tensor?[] shortcut_weights, Tensor?[] shortcut_biases, bool[] training, float[] eps,"                   \
-  " float negative_slope, int[] strides, int[] paddings, int[] dilations, int[] groups,"                    \
-  " int[] shortcut_strides, int[] lengths, float[] momenta, Tensor(c!)[] batches_tracked, bool want_stats," \
-  " bool want_raw)"                                                                                         \
-  " -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
-#define RF_UNITS_BACKWARD_SCHEMA                                                                            \
-  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor[] bns,"                          \
-  " Tensor?[] bn_weights, Tensor?[] bn_biases, Tensor[] weights, Tensor?[] shortcut_weights,"               \
-  " bool[] training, float[] eps, float negative_slope, int[] strides, int[] paddings, int[] dilations,"    \
-  " int[] groups, int[] shortcut_strides, int[] lengths, bool[] output_mask, bool[] combined,"              \
-  " bool reuse_raw) -> Tensor[] gradients"
+// gradients: those that the options ask for, of x and of the parameters, in this order; those of a BatchNorm (in the acc
+//   dtype) are rows of one tensor, the bias' first.
+#define RF_UNITS_FORWARD_SCHEMA                                                                                    \
+  "residual_units_forward(Tensor x, Tensor? x_stats, Tensor?[] parameters, Tensor options,"                        \
+  " Tensor(a!)?[] running_stats, float[] momenta, Tensor(b!)[] batches_tracked, bool want_stats, bool want_raw,"   \
+  " bool want_bns) -> (Tensor out, Tensor out_stats, Tensor[] raw, Tensor[] stats, Tensor[] bns)"
+#define RF_UNITS_BACKWARD_SCHEMA                                                                                   \
+  "residual_units_backward(Tensor dout, Tensor x, Tensor(a!)[] raw, Tensor[] bns, Tensor?[] parameters,"           \
+  " Tensor options, bool reuse_raw) -> Tensor[] gradients"
 
 namespace resnet_fused {
 
-// The units of the operators' lists. Backward has no running statistics.
-inline std::vector<Unit> make_units(const OptionalTensorList& bn_weights, const OptionalTensorList& bn_biases,
-                                    const OptionalTensorList& running_means,
-                                    const OptionalTensorList& running_vars, const TensorList& weights,
-                                    const OptionalTensorList& biases, const OptionalTensorList& shortcut_weights,
-                                    const OptionalTensorList& shortcut_biases, const BoolList& training,
-                                    const std::vector<double>& eps, double slope, const IntList& strides,
-                                    const IntList& paddings, const IntList& dilations, const IntList& groups,
-                                    const IntList& shortcut_strides, const IntList& lengths,
-                                    const std::vector<double>& momenta) {
-  const size_t n = weights.size(), count = lengths.size();
-  int64_t total = 0;
-  for (const int64_t length : lengths) {
-    RF_CHECK(length > 0, "expected at least one convolution in each unit, but got ", length);
-    total += length;
+// The numbers of `options`, one after the other:
+//   the number of units; of each unit: the number of its convolutions, the shortcut's stride (a pair);
+//   the slope; of each convolution: training and eps of its BatchNorm, stride, padding, dilation (pairs), groups;
+//   in backward: output_mask, whether x, then each parameter needs a gradient; combined: of each convolution, then of each
+//     shortcut, whether preact_conv_backward_1x1 makes both of its gradients, where both are needed.
+class UnitOptions {
+ public:
+  explicit UnitOptions(const Tensor& options) : options_(options) {
+    RF_CHECK(options.is_cpu() && options.scalar_type() == torch::headeronly::ScalarType::Double && options.dim() == 1 &&
+                 options.is_contiguous(),
+             "expected options to be a contiguous float64 vector on the CPU");
+    next_ = static_cast<const double*>(options.const_data_ptr());
+    end_ = next_ + options.size(0);
   }
+  double number() {
+    RF_CHECK(next_ < end_, "expected more than ", options_.size(0), " options");
+    return *next_++;
+  }
+  int64_t integer() { return static_cast<int64_t>(number()); }
+  std::vector<int64_t> pair() {
+    const int64_t first = integer();
+    return {first, integer()};
+  }
+  std::vector<bool> flags(size_t count) {
+    std::vector<bool> flags(count);
+    for (size_t i = 0; i < count; ++i) flags[i] = number() != 0;
+    return flags;
+  }
+  void finish() const { RF_CHECK(next_ == end_, "expected ", end_ - next_, " options less"); }
+
+ private:
+  const Tensor& options_;
+  const double *next_, *end_;
+};
+
+// The units of the operators' arguments. Backward has no running statistics.
+inline std::vector<Unit> make_units(UnitOptions& options, const OptionalTensorList& parameters,
+                                    const OptionalTensorList& running_stats, const std::vector<double>& momenta) {
+  const int64_t count = options.integer();
+  RF_CHECK(count > 0, "expected at least one unit");
+  std::vector<int64_t> lengths;
+  std::vector<std::vector<int64_t>> shortcut_strides;
+  size_t n = 0;
+  for (int64_t u = 0; u < count; ++u) {
+    lengths.push_back(options.integer());
+    RF_CHECK(lengths.back() > 0, "expected at least one convolution in each unit, but got ", lengths.back());
+    n += static_cast<size_t>(lengths.back());
+    shortcut_strides.push_back(options.pair());
+  }
+  const size_t shortcuts = 4 * n, shortcut_biases = shortcuts + static_cast<size_t>(count);
+  RF_CHECK(parameters.size() == shortcut_biases + static_cast<size_t>(count), "expected ", shortcut_biases + count,
+           " parameters of ", n, " convolutions in ", count, " units, but got ", parameters.size());
+  RF_CHECK(running_stats.empty() || running_stats.size() == 2 * n, "expected ", 2 * n,
+           " running statistics or none, but got ", running_stats.size());
   RF_CHECK(momenta.empty() || momenta.size() == n, "expected ", n, " momenta or none, but got ", momenta.size());
-  RF_CHECK(count > 0 && total == static_cast<int64_t>(n), "expected ", n, " convolutions in the units, but got ",
-           total);
-  for (const size_t length : {bn_weights.size(), bn_biases.size(), running_means.size(), running_vars.size(),
-                              biases.size(), training.size(), eps.size(), groups.size()})
-    RF_CHECK(length == n, "expected ", n, " of everything that a convolution has, but got ", length);
-  for (const size_t length : {strides.size(), paddings.size(), dilations.size()})
-    RF_CHECK(length == 2 * n, "expected ", n, " pairs, but got ", length, " integers");
-  for (const size_t length : {shortcut_weights.size(), shortcut_biases.size(), shortcut_strides.size() / 2})
-    RF_CHECK(length == count, "expected ", count, " shortcuts, but got ", length);
-  const auto pair = [](const IntList& list, size_t i) { return IntList{list[2 * i], list[2 * i + 1]}; };
+  const double slope = options.number();
   std::vector<Unit> units;
-  units.reserve(count);
-  for (size_t u = 0, i = 0; u < count; ++u) {
-    Unit unit{{}, {}, shortcut_weights[u].has_value(), slope};
-    unit.norms.reserve(lengths[u]);
-    unit.convolutions.reserve(lengths[u] + 1);
-    for (const size_t end = i + lengths[u]; i < end; ++i) {
-      unit.norms.push_back({bn_weights[i], bn_biases[i], running_means[i], running_vars[i], training[i], eps[i],
+  units.reserve(static_cast<size_t>(count));
+  for (size_t u = 0, i = 0; u < static_cast<size_t>(count); ++u) {
+    Unit unit{{}, {}, parameters[shortcuts + u].has_value(), slope};
+    const size_t length = static_cast<size_t>(lengths[u]);
+    unit.norms.reserve(length);
+    unit.convolutions.reserve(length + 1);
+    for (const size_t end = i + length; i < end; ++i) {
+      const bool training = options.number() != 0;
+      const double eps = options.number();
+      unit.norms.push_back({parameters[i], parameters[n + i],
+                            running_stats.empty() ? std::nullopt : running_stats[i],
+                            running_stats.empty() ? std::nullopt : running_stats[n + i], training, eps,
                             momenta.empty() ? std::nullopt : std::optional<double>(momenta[i])});
-      unit.convolutions.push_back(
-          {weights[i], biases[i], pair(strides, i), pair(paddings, i), pair(dilations, i), groups[i]});
+      RF_CHECK(parameters[2 * n + i], "expected a weight of every convolution");
+      auto stride = options.pair(), padding = options.pair(), dilation = options.pair();
+      unit.convolutions.push_back({*parameters[2 * n + i], parameters[3 * n + i], std::move(stride), std::move(padding),
+                                   std::move(dilation), options.integer()});
     }
     if (unit.projects)
-      unit.convolutions.push_back(
-          {*shortcut_weights[u], shortcut_biases[u], pair(shortcut_strides, u), {0, 0}, {1, 1}, 1});
+      unit.convolutions.push_back({*parameters[shortcuts + u], parameters[shortcut_biases + u],
+                                   std::move(shortcut_strides[u]), {0, 0}, {1, 1}, 1});
     units.push_back(std::move(unit));
   }
   return units;
@@ -97,20 +124,12 @@ void append(std::vector<T>& to, std::vector<T>&& from) {
 // The operator. Backend(unit, x, combined) as in residual_unit.h.
 template <typename Backend>
 UnitForward residual_units_forward(const Tensor& x, const std::optional<Tensor>& x_stats,
-                                   const OptionalTensorList& bn_weights, const OptionalTensorList& bn_biases,
-                                   const OptionalTensorList& running_means,
-                                   const OptionalTensorList& running_vars, const TensorList& weights,
-                                   const OptionalTensorList& biases, const OptionalTensorList& shortcut_weights,
-                                   const OptionalTensorList& shortcut_biases, const BoolList& training,
-                                   const std::vector<double>& eps, double slope, const IntList& strides,
-                                   const IntList& paddings, const IntList& dilations, const IntList& groups,
-                                   const IntList& shortcut_strides, const IntList& lengths,
-                                   const std::vector<double>& momenta, const TensorList& batches_tracked,
-                                   bool want_stats, bool want_raw) {
-  const std::vector<Unit> units =
-      make_units(bn_weights, bn_biases, running_means, running_vars, weights, biases, shortcut_weights,
-                 shortcut_biases, training, eps, slope, strides, paddings, dilations, groups, shortcut_strides,
-                 lengths, momenta);
+                                   const OptionalTensorList& parameters, const Tensor& options,
+                                   const OptionalTensorList& running_stats, const std::vector<double>& momenta,
+                                   const TensorList& batches_tracked, bool want_stats, bool want_raw, bool want_bns) {
+  UnitOptions numbers(options);
+  const std::vector<Unit> units = make_units(numbers, parameters, running_stats, momenta);
+  numbers.finish();
   const BoolList none;
   Tensor h = x;
   std::optional<Tensor> h_stats = x_stats;
@@ -123,7 +142,8 @@ UnitForward residual_units_forward(const Tensor& x, const std::optional<Tensor>&
         backend, units[u], h, h_stats, last ? want_stats : units[u + 1].norms[0].training, want_raw, updates);
     // Those of a later unit's input are an output of the operator, not an argument of it.
     if (u > 0 && units[u].norms[0].training) unit_stats[0] = std::move(*h_stats);
-    append(raw, std::move(unit_raw)), append(stats, std::move(unit_stats)), append(bns, std::move(unit_bns));
+    append(raw, std::move(unit_raw)), append(stats, std::move(unit_stats));
+    if (want_bns) append(bns, std::move(unit_bns));
     h = std::move(y), h_stats = std::move(y_stats);
     if (!last && want_raw) raw.push_back(h);
   }
@@ -143,26 +163,15 @@ inline Tensor row_of(const Tensor& rows, int64_t row) {
 }
 
 template <typename Backend>
-TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const TensorList& raw,
-                                   const TensorList& bns, const OptionalTensorList& bn_weights,
-                                   const OptionalTensorList& bn_biases, const TensorList& weights,
-                                   const OptionalTensorList& shortcut_weights, const BoolList& training,
-                                   const std::vector<double>& eps, double slope, const IntList& strides,
-                                   const IntList& paddings, const IntList& dilations, const IntList& groups,
-                                   const IntList& shortcut_strides, const IntList& lengths,
-                                   const BoolList& output_mask, const BoolList& combined, bool reuse_raw) {
-  const size_t n = weights.size(), count = lengths.size();
-  const OptionalTensorList none(n);
-  const std::vector<Unit> units =
-      make_units(bn_weights, bn_biases, none, none, weights, none, shortcut_weights, OptionalTensorList(count),
-                 training, eps, slope, strides, paddings, dilations, groups, shortcut_strides, lengths,
-                 {});
-  RF_CHECK(raw.size() == n - 1 && bns.size() == n, "expected ", n - 1, " raw outputs and ", n,
-           " bns, but got ", raw.size(), " and ", bns.size());
-  RF_CHECK(output_mask.size() == 4 * n + 2 * count + 1, "expected output_mask of ", 4 * n + 2 * count + 1,
-           " values, but got ", output_mask.size());
-  RF_CHECK(combined.size() == n + count, "expected combined of ", n + count, " values, but got ",
-           combined.size());
+TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const TensorList& raw, const TensorList& bns,
+                                   const OptionalTensorList& parameters, const Tensor& options, bool reuse_raw) {
+  UnitOptions numbers(options);
+  const std::vector<Unit> units = make_units(numbers, parameters, {}, {});
+  const size_t count = units.size(), n = (parameters.size() - 2 * count) / 4;
+  const BoolList output_mask = numbers.flags(parameters.size() + 1), combined = numbers.flags(n + count);
+  numbers.finish();
+  RF_CHECK(raw.size() + 1 == n && bns.size() == n, "expected ", n - 1, " raw outputs and ", n, " bns, but got ",
+           raw.size(), " and ", bns.size());
 
   // Of the output_mask, by where they begin.
   const size_t gammas = 1, betas = gammas + n, convolutions = betas + n, biases = convolutions + n,

@@ -118,15 +118,18 @@ def check_unit(*args) -> tuple[int, ...]:
 
 def _forward(*args):
     a = _Arguments(*args)
-    operator = whole_unit.forward_operator(a.x, whole_unit.shapes_of_unit(a), lambda: _check(a))
+    shapes = whole_unit.shapes_of_unit(a)
+    operator = whole_unit.forward_operator(a.x, shapes, lambda: _check(a))
     if operator is None:
         return _forward_by_primitives(a)
     try:
+        parameters = whole_unit.joined(a.bn_weights, a.bn_biases, a.weights, a.biases)
         out, *rest = operator(
-            channels_last(a.x), *args[1:8], [a.shortcut_weight], [a.shortcut_bias], *args[10:18],
-            [len(a.weights)], [], [], a.want_stats, a.want_raw,
+            channels_last(a.x), a.x_stats, [*parameters, a.shortcut_weight, a.shortcut_bias],
+            whole_unit.options(a.negative_slope, a.training, a.eps, shapes),
+            whole_unit.joined(a.running_means, a.running_vars), [], [], a.want_stats, a.want_raw, True,
         )  # fmt: skip
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         _check(a)  # raises what PyTorch raises
         raise
     return (out if a.is_channels_last() else canonical(out, False)), *rest

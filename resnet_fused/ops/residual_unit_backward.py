@@ -84,16 +84,18 @@ def _backward(*args):
     mask = whole_unit.UnitMask(a.output_mask, len(a.weights))
     shapes = whole_unit.shapes_of_unit(a)
     needs = mask.parameters()
-    operator, combined = whole_unit.backward_operator(
-        (*shapes.key("residual_units_backward", a.x), *needs), a.x, shapes, needs
-    )
+    numbers = (a.negative_slope, a.training, a.eps)
+    operator, options = whole_unit.backward_operator(
+        (*shapes.key("residual_units_backward", a.x), *needs, numbers[0], *a.training, *a.eps), a.x, shapes,
+        needs, numbers,
+    )  # fmt: skip
     if operator is None:
         return _backward_by_primitives(a, mask)
     raw = [channels_last(t) for t in a.raw]  # hooks for saved tensors may have changed their layout
+    parameters = whole_unit.joined(a.bn_weights, a.bn_biases, a.weights, a.biases)
     found = operator(
-        channels_last(a.dout), channels_last(a.x), raw, a.bns, a.bn_weights, a.bn_biases, a.weights,
-        [a.shortcut_weight], a.training, a.eps, a.negative_slope, a.strides, a.paddings, a.dilations, a.groups,
-        a.shortcut_stride, [len(a.weights)], needs, combined, False,
+        channels_last(a.dout), channels_last(a.x), raw, a.bns, [*parameters, a.shortcut_weight, None],
+        options, False,
     )  # fmt: skip
     return _by_kind(a, mask, iter(found))
 

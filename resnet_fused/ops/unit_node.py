@@ -83,7 +83,8 @@ class _Plan:
         sizes: the number of convolutions, and of units.
         counts: N*H*W of what each norm reads.
         training: whether every norm uses batch statistics.
-        forward_options, backward_options: of the operators, in their order.
+        numbers: negative slope, training and eps, as whole_unit.options takes them.
+        options: of the operator, where there is one.
     """
 
     def __init__(self, x: Tensor, x_stats: Tensor | None, units: Sequence[UnitArgs]):
@@ -99,9 +100,7 @@ class _Plan:
             [value for of_unit in column for value in of_unit] for column in geometry
         )
         rest = (strides, paddings, dilations, groups, shortcut_strides, lengths)
-        slope = units[0].negative_slope
-        self.forward_options = (training, eps, slope, *rest)
-        self.backward_options = (training, eps, slope, *rest)
+        self.numbers = (units[0].negative_slope, training, eps)
         self.shapes = whole_unit.UnitShapes(
             [conv.weight.shape for conv in convs],
             [None if unit.shortcut is None else unit.shortcut.weight.shape for unit in units],
@@ -113,6 +112,7 @@ class _Plan:
             self.operator = whole_unit.kept_forward_operator(
                 x, self.shapes, lambda: _check(x, x_stats, units)
             )
+        self.options = self.operator and whole_unit.options(*self.numbers, self.shapes)
         self.saves_statistics = self.operator is not None and self.operator.namespace == "resnet_fused_cpu"
         self.counts, shape = [], x.shape
         for i, conv in enumerate(convs if self.operator else []):
@@ -229,16 +229,16 @@ def run_in_one_node(
     if differentiable and not plan.training:
         return None
 
+    running = means + [norm.running_var for norm in norms]
     changes = running_stats.changes_of(norms, x.device)
     momenta, batches_tracked, _ = changes or ([], [], [])
 
     def run(want_raw: bool):
-        gammas, betas, *rest = _split(parameters, *plan.sizes)
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 return plan.operator(
-                    x, x_stats, gammas, betas, means, [norm.running_var for norm in norms], *rest,
-                    *plan.forward_options, momenta, batches_tracked, return_stats, want_raw,
+                    x, x_stats, parameters, plan.options, running, momenta, batches_tracked, return_stats,
+                    want_raw, want_raw and not plan.saves_statistics,
                 )  # fmt: skip
         except RuntimeError:
             _check(x, x_stats, units)  # raises what PyTorch raises
@@ -246,7 +246,7 @@ def run_in_one_node(
 
     if differentiable:
         others: list = []
-        out = _ResidualUnits.apply(plan, run, others, x_stats, x, *parameters)
+        out = _apply(plan, run, others, x_stats, x, *parameters)
         out_stats, stats = others
     else:
         out, out_stats, _, stats, _ = run(False)
@@ -295,21 +295,19 @@ class _ResidualUnits(Function):
         del saved
         # Whoever else holds what was saved (by grad_fn.saved_tensors, say) keeps it as it is.
         reuse_raw = is_last and last_use.are_only_references(raw)
-        operator, combined = whole_unit.backward_operator(
-            ("residual_units_backward", plan, *needs), x, plan.shapes, needs
+        operator, options = whole_unit.backward_operator(
+            ("residual_units_backward", plan, *needs), x, plan.shapes, needs, plan.numbers
         )
         if operator is None:
             return None, None, None, None, *_gradients_by_primitives(plan, dout, x, raw, bns, parameters, needs)
-        gammas, betas, weights, _, shortcut_weights, _ = _split(parameters, *plan.sizes)
         with torch._C._AutoDispatchBelowAutograd():
-            found = iter(
-                operator(
-                    channels_last(dout), x, raw, bns, gammas, betas, weights, shortcut_weights,
-                    *plan.backward_options, needs, combined, reuse_raw,
-                )
-            )  # fmt: skip
+            found = iter(operator(channels_last(dout), x, raw, bns, parameters, options, reuse_raw))
         gradients = [next(found) if needed else None for needed in needs]
         return None, None, None, None, *_in_dtypes_of(gradients, (x, *parameters))
+
+
+# Function.apply looks at every argument for functorch's sake, which is_ordinary has excluded.
+_apply = super(Function, _ResidualUnits).apply
 
 
 def _in_dtypes_of(gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]) -> list[Tensor | None]:

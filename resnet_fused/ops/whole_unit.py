@@ -33,6 +33,26 @@ class UnitShapes(NamedTuple):
         return (direction, x.dtype, x.device, x.shape, *map(tuple, self))
 
 
+def options(
+    negative_slope: float,
+    training: Sequence[bool],
+    eps: Sequence[float],
+    units: UnitShapes,
+    output_mask: Sequence[bool] = (),
+    combined: Sequence[bool] = (),
+) -> Tensor:
+    """The operators' argument of that name: the numbers in the order that csrc/ops/residual_units.h reads them in."""
+    numbers = [len(units.lengths)]
+    for u, length in enumerate(units.lengths):
+        numbers += length, *units.shortcut_strides[2 * u : 2 * u + 2]
+    numbers.append(negative_slope)
+    for i, group in enumerate(units.groups):
+        pair = slice(2 * i, 2 * i + 2)
+        numbers += training[i], eps[i], *units.strides[pair], *units.paddings[pair], *units.dilations[pair], group
+    with torch.inference_mode(False):  # it may be kept
+        return torch.tensor([*numbers, *output_mask, *combined], dtype=torch.float64, device="cpu")
+
+
 def shapes_of_unit(a) -> UnitShapes:
     """Of one unit: of the arguments of residual_unit or of residual_unit_backward."""
     return UnitShapes(
@@ -40,6 +60,13 @@ def shapes_of_unit(a) -> UnitShapes:
         [None if a.shortcut_weight is None else a.shortcut_weight.shape],
         a.strides, a.paddings, a.dilations, a.groups, a.shortcut_stride, [len(a.weights)],
     )  # fmt: skip
+
+
+def joined(*lists: Sequence) -> list:
+    """Lists of what each convolution of a unit has, one after the other, as the operators take them."""
+    if any(len(one) != len(lists[0]) for one in lists):
+        raise RuntimeError(f"expected lists of the same length, but got {[len(one) for one in lists]}")
+    return [value for one in lists for value in one]
 
 
 class _Choices:
@@ -188,21 +215,27 @@ class UnitsMask:
 
 
 def backward_operator(
-    key: tuple, x: Tensor, units: UnitShapes, output_mask: Sequence[bool]
-) -> tuple[Callable | None, list[bool]]:
-    """The operator for the backward of units that x went through or None, and its argument ``combined``.
+    key: tuple,
+    x: Tensor,
+    units: UnitShapes,
+    output_mask: Sequence[bool],
+    numbers: tuple[float, Sequence[bool], Sequence[float]],
+) -> tuple[Callable | None, Tensor | None]:
+    """The operator for the backward of units that x went through or None, and its argument ``options``.
 
     Args:
         key: what the answer is kept under; it begins with "residual_units_backward".
-        output_mask: the operator's.
+        output_mask: as :class:`UnitsMask` has it.
+        numbers: negative_slope, training and eps, as :func:`options` takes them.
     """
     if dispatch.is_recorded() or torch._C._is_tracing():
-        return None, []
+        return None, None
     known = dispatch.kept(key)
     if known is None:
-        known = dispatch.keep(key, _choose_backward(x, units, UnitsMask(output_mask, units.lengths)))
-    operator, combined = known
-    return (operator if is_allowed(operator, x) else None), combined
+        operator, combined = _choose_backward(x, units, UnitsMask(output_mask, units.lengths))
+        given = None if operator is None else options(*numbers, units, output_mask, combined)
+        known = dispatch.keep(key, (operator, given))
+    return known if is_allowed(known[0], x) else (None, None)
 
 
 def _choose_backward(x: Tensor, units: UnitShapes, mask: UnitsMask) -> tuple[Callable | None, list[bool]]:

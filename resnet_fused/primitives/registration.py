@@ -103,11 +103,7 @@ def keep_dtypes(op: torch._ops.OpOverload) -> None:
     """Under autocast, run op on its arguments as they are, and everything inside it too."""
 
     def make(device_type: str) -> Callable:
-        def kernel(*args):
-            with without_autocast(device_type):
-                return op(*args)
-
-        return kernel
+        return lambda *args: call_without_autocast(op, device_type, *args)
 
     autocast_kernel(op, make)
 
