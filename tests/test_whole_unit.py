@@ -183,9 +183,9 @@ def test_lists_of_other_lengths():
     x, norms, convs, _ = unit("basic")
     fused(x, norms, convs)
     ones = torch.ones(8)
-    for changed in (0, 4):  # the BatchNorms' weights and biases; running means and variances
+    for first in (0, 2):  # the BatchNorms' weights and biases; running means and variances
         lists = [[ones] * 2 for _ in range(4)] + [[c.weight for c in convs], [None] * 2]
-        lists[changed // 2], lists[changed // 2 + 1] = [ones], [ones] * 3
+        lists[first : first + 2] = [ones], [ones] * 3
         with pytest.raises(RuntimeError, match="expected at least one convolution, and a BatchNorm"):
             torch.ops.resnet_fused.residual_unit(
                 x, None, *lists, None, None, [True] * 2, [1e-5] * 2, 0.0, [1, 1] * 2, [1, 1] * 2, [1, 1] * 2,
@@ -197,13 +197,13 @@ class TestOptions:
     """What the operators for units say to options that do not fit."""
 
     def arguments(self):
-        x, norms, convs, _ = unit("basic")
+        x, _, convs, _ = unit("basic")
         shapes = whole_unit.UnitShapes(
             [c.weight.shape for c in convs], [None], [1, 1] * 2, [1, 1] * 2, [1, 1] * 2, [1] * 2, [1, 1], [2]
         )
         options = whole_unit.options(0.0, [True] * 2, [1e-5] * 2, shapes)
         parameters = [None] * 4 + [c.weight for c in convs] + [None] * 4
-        return x.detach().contiguous(memory_format=CL), [*parameters], options
+        return x.detach().contiguous(memory_format=CL), parameters, options
 
     def call(self, x, parameters, options, running=(), momenta=()):
         with torch.no_grad():

@@ -71,32 +71,33 @@ class UnitOptions {
 // The units of the operators' arguments. Backward has no running statistics.
 inline std::vector<Unit> make_units(UnitOptions& options, const OptionalTensorList& parameters,
                                     const OptionalTensorList& running_stats, const std::vector<double>& momenta) {
-  const int64_t count = options.integer();
-  RF_CHECK(count > 0, "expected at least one unit");
-  std::vector<int64_t> lengths;
+  const int64_t given = options.integer();
+  RF_CHECK(given > 0, "expected at least one unit");
+  const size_t count = static_cast<size_t>(given);
+  std::vector<size_t> lengths;
   std::vector<std::vector<int64_t>> shortcut_strides;
   size_t n = 0;
-  for (int64_t u = 0; u < count; ++u) {
-    lengths.push_back(options.integer());
-    RF_CHECK(lengths.back() > 0, "expected at least one convolution in each unit, but got ", lengths.back());
-    n += static_cast<size_t>(lengths.back());
+  for (size_t u = 0; u < count; ++u) {
+    const int64_t length = options.integer();
+    RF_CHECK(length > 0, "expected at least one convolution in each unit, but got ", length);
+    lengths.push_back(static_cast<size_t>(length));
+    n += lengths.back();
     shortcut_strides.push_back(options.pair());
   }
-  const size_t shortcuts = 4 * n, shortcut_biases = shortcuts + static_cast<size_t>(count);
-  RF_CHECK(parameters.size() == shortcut_biases + static_cast<size_t>(count), "expected ", shortcut_biases + count,
-           " parameters of ", n, " convolutions in ", count, " units, but got ", parameters.size());
+  const size_t shortcuts = 4 * n, shortcut_biases = shortcuts + count;
+  RF_CHECK(parameters.size() == shortcut_biases + count, "expected ", shortcut_biases + count, " parameters of ", n,
+           " convolutions in ", count, " units, but got ", parameters.size());
   RF_CHECK(running_stats.empty() || running_stats.size() == 2 * n, "expected ", 2 * n,
            " running statistics or none, but got ", running_stats.size());
   RF_CHECK(momenta.empty() || momenta.size() == n, "expected ", n, " momenta or none, but got ", momenta.size());
   const double slope = options.number();
   std::vector<Unit> units;
-  units.reserve(static_cast<size_t>(count));
-  for (size_t u = 0, i = 0; u < static_cast<size_t>(count); ++u) {
+  units.reserve(count);
+  for (size_t u = 0, i = 0; u < count; ++u) {
     Unit unit{{}, {}, parameters[shortcuts + u].has_value(), slope};
-    const size_t length = static_cast<size_t>(lengths[u]);
-    unit.norms.reserve(length);
-    unit.convolutions.reserve(length + 1);
-    for (const size_t end = i + length; i < end; ++i) {
+    unit.norms.reserve(lengths[u]);
+    unit.convolutions.reserve(lengths[u] + 1);
+    for (const size_t end = i + lengths[u]; i < end; ++i) {
       const bool training = options.number() != 0;
       const double eps = options.number();
       unit.norms.push_back({parameters[i], parameters[n + i],
