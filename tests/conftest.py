@@ -75,12 +75,6 @@ residual_units_module = importlib.import_module("resnet_fused.ops.residual_units
 
 
 @pytest.fixture
-def long_rows(monkeypatch):
-    """Identity units in turn are one node, however few there are."""
-    monkeypatch.setattr(residual_units_module, "SHARE", 1)
-
-
-@pytest.fixture
 def unit_calls(monkeypatch):
     """(statistics given, statistics asked for) of every fused unit from now on, which are called one by one."""
     seen = []

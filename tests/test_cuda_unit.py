@@ -119,7 +119,7 @@ def test_too_many_tiles_for_one_launch(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_units_in_one_node(cuda, long_rows, dtype):
+def test_units_in_one_node(cuda, dtype):
     """The same to the bit as one by one, where BatchNorm's backward takes the place of what it reads, too."""
     x, row = torch.randn(2, 32, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last), []
     for _ in range(3):

@@ -136,6 +136,18 @@ def test_verify_leaves_the_model_as_it_was():
     assert all(torch.equal(p.grad, gradients[n]) for n, p in net.named_parameters())
 
 
+def exchange_operator(monkeypatch, broken):
+    """Have fused units call this one, by themselves and in rows."""
+    def in_rows(x, units, *, x_stats=None, return_stats=False):
+        for unit in units:
+            x, x_stats = broken(x, unit.norms, unit.convs, shortcut=unit.shortcut, x_stats=x_stats, return_stats=True,
+                                negative_slope=unit.negative_slope)  # fmt: skip
+        return (x, x_stats) if return_stats else x
+
+    monkeypatch.setattr(plan.F, "residual_unit", broken)
+    monkeypatch.setattr(plan.F, "residual_units", in_rows)
+
+
 @pytest.mark.parametrize("wrong", ["outputs", "gradients", "statistics", "nan"])
 def test_verify_finds_what_is_wrong_and_where(wrong, monkeypatch):
     """One part in a thousand off in one unit of four: the one that takes 10 channels to 8."""
@@ -158,7 +170,7 @@ def test_verify_finds_what_is_wrong_and_where(wrong, monkeypatch):
 
     net, x = model(), torch.randn(4, 10, 16, 16)
     assert rf.verify(net, x)
-    monkeypatch.setattr(plan.F, "residual_unit", broken)
+    exchange_operator(monkeypatch, broken)
     found = rf.verify(net, x)
     assert not found and found.failing_units == ["1"]
     text = str(found)
@@ -223,21 +235,26 @@ def test_verify_command_says_what_is_wrong(capsys, monkeypatch):
         result = original(*args, **options)
         return (result[0] * 1.01, result[1]) if options["return_stats"] else result * 1.01
 
-    monkeypatch.setattr(plan.F, "residual_unit", broken)
+    exchange_operator(monkeypatch, broken)
     assert cli.main(["verify", "preact_resnet20_cifar", "-b", "2"]) == 1
     assert capsys.readouterr().out.startswith("WRONG: 9 fused units, train mode")
     assert cli.main(["bench", "fuse", "--models", "preact_resnet20_cifar"]) == 1
     assert "not timed" in capsys.readouterr().err
 
 
-def test_bench_fuse(capsys, threads):
+def test_bench_fuse(capsys, threads, tmp_path):
     options = ["--models", "preact_resnet20_cifar", "-b", "2", "--rounds", "1", "--threads", "1"]
-    assert cli.main(["bench", "fuse", *options]) == 0
+    assert cli.main(["bench", "fuse", *options, "--json", str(tmp_path / "fuse.json")]) == 0
     *_, header, rule, row = capsys.readouterr().out.splitlines()
     assert header.count("|") == rule.count("|") == row.count("|") == 10
     assert row.startswith("| preact_resnet20_cifar | 32 | 9 / 9 | 20 / 20 |") and row.endswith(" x |")
+    (net,) = json.loads((tmp_path / "fuse.json").read_text())["nets"]
+    assert (net["units_fused"], net["convs_found"]) == (9, 20)
+    assert [f"{ms['p50']:.1f}" for ms in net["ms"].values()] == row.replace(" ", "").split("|")[6:9]
     assert cli.main(["bench", "fuse", *options, "--no-timing"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].count("|") == 6
+    assert cli.main(["bench", "fuse", *options, "--json", str(tmp_path / "missing" / "fuse.json")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_the_package_gives_what_it_lists():

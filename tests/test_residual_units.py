@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused.functional import UnitArgs, residual_units
+from resnet_fused.nn import units as units_module
 from resnet_fused.ops import whole_unit
 
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread", "long_rows")
+pytestmark = pytest.mark.usefixtures("cpu_library", "one_thread")
 
 
 @pytest.fixture
@@ -84,6 +85,10 @@ ROWS = {
     "one": lambda dtype: [bottleneck(dtype=dtype)],
     "one, projects": lambda dtype: [basic(8, 16, 2, dtype=dtype)],
     "one, projects, biases": lambda dtype: [basic(8, 20, slope=0.1, bias=True, dtype=dtype)],
+    "projections": lambda dtype: [
+        basic(8, 16, 2, dtype=dtype), basic(dtype=dtype), basic(16, 24, dtype=dtype), bottleneck(24, dtype=dtype),
+    ],
+    "projects last": lambda dtype: [basic(8, bias=True, dtype=dtype), basic(8, 20, 2, dtype=dtype, bias=True)],
     "without running": lambda dtype: [bottleneck(running=False, dtype=dtype) for _ in range(2)],
 }
 
@@ -130,7 +135,9 @@ class TestSameAsOneByOne:
         "needed",
         ["x", "norm", "norm's bias", "weight", "shortcut", "all but the shortcut", "shortcut's bias"],
     )
-    def test_which_gradients_of_a_projecting_unit(self, one_by_one, nodes, needed):
+    @pytest.mark.parametrize("behind", [0, 1])
+    def test_which_gradients_of_a_projecting_unit(self, one_by_one, nodes, needed, behind):
+        """By itself, and with units before and behind it that need none of their own."""
         units, x = [basic(8, 16, 2, bias=True)], batch(8)
         units[0] = units[0]._replace(shortcut=conv(8, 16, 1, 2, bias=True))
         shortcut = units[0].shortcut
@@ -150,8 +157,12 @@ class TestSameAsOneByOne:
         for t in everything:
             if id(t) not in running:
                 t.requires_grad_(any(t is leaf for leaf in leaves))
+        if behind:
+            units = [basic(8), *units, basic(16)]
+            for t in plain.tensors((units[0], units[2])):
+                t.requires_grad_(False)
         check_same(one_by_one, x, units)
-        assert nodes[0] == 1
+        assert nodes[0] == len(units)
 
     def test_dtypes_of_parameters(self, one_by_one, nodes):
         """BatchNorm's own in bfloat16, as after model.bfloat16()."""
@@ -242,34 +253,59 @@ class TestRows:
     def test_at_most_16(self, nodes):
         units = [basic(4, bias=False) for _ in range(37)]
         residual_units(batch(4), units)
-        assert nodes == [12, 12, 13]
+        assert nodes == [13, 13, 11]
 
-    @pytest.mark.parametrize("count, longest", [(2, 1), (3, 1), (7, 3), (8, 4), (17, 6), (64, 16), (110, 16)])
-    def test_half_of_them(self, monkeypatch, count, longest):
-        monkeypatch.undo()  # of long_rows
+    @pytest.mark.parametrize("count, longest", [(1, 1), (2, 2), (16, 16), (17, 9), (64, 16), (110, 16)])
+    def test_as_few_as_may_be(self, count, longest):
         lengths = [len(units) for units in residual_units_module._rows([basic(4)] * count)]
-        assert sum(lengths) == count and max(lengths) == longest
+        assert sum(lengths) == count and max(lengths) == longest and len(lengths) == -(-count // 16)
 
-    def test_projections_have_their_own(self, nodes):
+    def test_as_many_parameters_as_a_bucket_has_room_for(self):
+        small, large, projecting = basic(8), bottleneck(2048, 512), basic(512, 1024, 2)  # 5 KB, 18 MB, 59 MB
+        rows = residual_units_module._rows([small, small, large, small, projecting, small])
+        assert [len(row) for row in rows] == [2, 1, 1, 1, 1]
+        medium = bottleneck(1024, 256)  # 4.5 MB
+        assert [len(row) for row in residual_units_module._rows([medium] * 7)] == [3, 3, 1]
+
+    def test_projections_join(self, nodes):
         row = [basic(8), basic(8), basic(8, 16, 2), basic(16), basic(16)]
         out, stats = residual_units(batch(8), row, return_stats=True)
-        assert nodes == [2, 1, 2] and out.shape == (2, 16, 3, 3)
+        assert nodes == [5] and out.shape == (2, 16, 3, 3)
         torch.testing.assert_close(
             stats, torch.ops.resnet_fused.channel_stats(out.detach()), rtol=1e-5, atol=1e-4
         )
+
+    def test_hooks_get_the_saved_tensors_of_one_unit(self, nodes):
+        with torch.autograd.graph.save_on_cpu():
+            residual_units(batch(), [basic() for _ in range(3)])
+        assert nodes == [1, 1, 1]
+
+    def test_what_a_node_has_in_common(self, nodes):
+        frozen = [basic(training=False) for _ in range(2)]
+        with torch.no_grad():
+            residual_units(batch(), [basic(), basic(slope=0.1), basic(slope=0.1), *frozen, basic()])
+        assert nodes == [1, 2, 2, 1]
+
+    def test_units_that_cannot_share_one_have_their_own(self, nodes, one_by_one):
+        grouped = basic()
+        weight = torch.randn(16, 8, 3, 3).contiguous(memory_format=CL).requires_grad_()
+        grouped.convs[1] = grouped.convs[1]._replace(weight=weight, groups=2)  # the unfused path's
+        units, x = [basic(), grouped, basic()], batch()
+        residual_units(x, plain.copy(units))
+        assert nodes == [0, 1, 0, 1]
+        check_same(one_by_one, x, units)
 
     def test_left_one_by_one(self, nodes):
         def left(x, units, grad=True):
             nodes.clear()
             with torch.set_grad_enabled(grad):
                 residual_units(x, units)
-            return nodes == [0]
+            return nodes[0] == 0
 
         x, two = batch(), [basic(), basic()]
         assert not left(x, two)
         assert not left(x, two[:1])
         assert left(x.detach().contiguous(), two)
-        assert left(x, [basic(), basic(slope=0.1)])
         frozen = [basic(training=False), basic(training=False)]
         assert left(x, frozen) and not left(x, frozen, grad=False)
         assert left(x, [two[0], two[0]])  # its running statistics are updated twice, in order
@@ -286,6 +322,53 @@ class TestRows:
     def test_no_units(self):
         with pytest.raises(ValueError, match="at least one unit"):
             residual_units(batch(), [])
+
+
+class TestFromStageToStage:
+    def net(self):
+        torch.manual_seed(0)
+        return rf.models.create_model("preact_resnet20_cifar", num_classes=10).to(memory_format=CL)
+
+    def outcome(self, net):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=CL)
+        net.zero_grad()
+        y = net(x)
+        y.square().sum().backward()
+        return [y.detach(), *[p.grad for p in net.parameters()], *net.buffers()]
+
+    def test_same_as_stage_by_stage(self, nodes, monkeypatch):
+        whole = self.outcome(self.net())
+        assert nodes == [9]
+        monkeypatch.setattr(units_module, "_without_stages", list)
+        apart = self.outcome(self.net())
+        assert nodes == [9, 3, 3, 3] and all(map(torch.equal, whole, apart))
+
+    def test_what_parts_stages(self, nodes):
+        def nodes_with(change):
+            net = self.net()
+            nodes.clear()
+            change(net)
+            self.outcome(net)
+            return nodes
+
+        class Stage(rf.nn.PreActStage):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs)
+
+        seen = []
+
+        def hook(*args):
+            seen.append(1)
+
+        assert nodes_with(lambda net: net.layer2.register_forward_hook(hook)) == [3, 3, 3]
+        assert seen == [1]
+        assert nodes_with(lambda net: setattr(net, "layer1", Stage(*net.layer1))) == [3, 6]
+        assert nodes_with(lambda net: setattr(net.layer3, "forward", net.layer3.forward)) == [6, 3]
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+        try:
+            assert nodes_with(lambda net: None) == [1] * 9
+        finally:
+            handle.remove()
 
 
 class TestErrors:
@@ -420,7 +503,7 @@ class TestAutograd:
         units, x = [basic(), basic()], batch()
         with Names():
             residual_units(x, units)
-        assert nodes == [0] and seen.count("resnet_fused::residual_unit") == 2
+        assert nodes == [0, 0, 0] and seen.count("resnet_fused::residual_unit") == 2
 
     def test_nothing_is_kept_alive(self):
         units, x = [basic(), basic()], batch()
@@ -506,9 +589,9 @@ class TestSavedTensors:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: kept[i][0]):
             out = residual_units(x, units)
         out.sum().backward()
-        assert reused == [False] and all(torch.equal(t, before) for t, before in kept)
+        assert reused == [False] * 2 and all(torch.equal(t, before) for t, before in kept)
         checkpoint(lambda x: residual_units(x, units), x, use_reentrant=False).sum().backward()
-        assert reused == [False, False]
+        assert reused == [False] * 4
 
     def test_second_derivative(self, reused, one_by_one):
         units, x = [basic(4, dtype=torch.float64)], batch(4, dtype=torch.float64)

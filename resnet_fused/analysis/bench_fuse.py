@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from .. import fusion
 from ..training.options import OneLineParser, at_least
 from .measure import Timing, environment, interleave
+from .result_file import check_writable, write_json
 from .user_models import build, image_batch, image_size
 
 __all__ = ["main"]
@@ -54,6 +56,16 @@ class _Row:
             speed_up = min(nchw, last) / fused
             cells += [f"{nchw:.1f}", f"{last:.1f}", f"{fused:.1f}", f"{speed_up:.2f} x"]
         return f"| {' | '.join(cells)} |"
+
+    def as_dict(self) -> dict:
+        """For JSON; quantiles in ms."""
+        e = self.explanation
+        found = {"model": self.model, "pixels": self.size, "units_fused": e.units_fused, "units_found": e.units_found,
+                 "convs_fused": e.convs_fused, "convs_found": e.convs_found,
+                 "error_ratio_train": self.ratios[0], "error_ratio_eval": self.ratios[1]}
+        for contender, timing in (self.timings or {}).items():
+            found.setdefault("ms", {})[contender] = {q: 1e3 * seconds for q, seconds in asdict(timing).items()}
+        return found
 
 
 _CONTENDERS = ("eager NCHW", "eager channels_last", "fused")
@@ -93,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=at_least(int, 1), default=7, help="samples (default: %(default)s)")
     parser.add_argument("--threads", type=at_least(int, 1), help="default: PyTorch's")
     parser.add_argument("--no-timing", dest="timing", action="store_false", help="only verify")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None:
+        check_writable(arguments.json)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     machine = environment()
@@ -103,12 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"PyTorch {machine['torch']}, {machine['date']}; float32, batch {arguments.batch_size}\n"
     )
     print(f"| {' | '.join(header)} |\n|---|{'---:|' * (len(header) - 1)}", flush=True)
+    rows: list[dict] = []
     for name in arguments.models:
         row, failed = _measure(name, arguments)
         if failed is not None:
             print(f"resnet-fused bench fuse: {name}: {failed}; not timed", file=sys.stderr)
             return 1
         print(row.markdown(), flush=True)
+        rows.append(row.as_dict())
+        if arguments.json is not None:  # after every net: what was measured stays if the next one is interrupted
+            write_json(arguments.json, {"environment": machine, "dtype": "float32", "rounds": arguments.rounds,
+                                        "batch_size": arguments.batch_size, "nets": rows})
     return 0
 
 

@@ -27,6 +27,7 @@ from .contenders import COMPILED, CONTENDERS, DTYPES, Contender
 from .first_step import FirstStep, measure_first_step, told_error
 from .measure import Timing, environment, interleave
 from .modes import Run, start
+from .result_file import check_writable
 from .step_accuracy import Accuracy
 from .step_memory import StepMemory, measure_memory
 
@@ -92,8 +93,7 @@ def _parse(argv: Sequence[str] | None):
     arguments.dtypes = [name for name in DTYPES if name in arguments.dtypes]
     arguments.threads = list(dict.fromkeys(arguments.threads or [torch.get_num_threads()]))
     for path in filter(None, (arguments.json, arguments.csv)):
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no directory {path.parent}")
+        check_writable(path)
     if arguments.csv is not None and (problem := step_report.csv_header_error(arguments.csv)):
         raise UserError(problem)
     for net in arguments.nets:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from . import result_file
 from .benchmark_net import BATCH_SIZE, BenchmarkNet
 from .measure import Timing
 from .step_accuracy import Accuracy
@@ -192,9 +192,7 @@ def write_json(path: Path, cells: Iterable[Cell], environment: dict) -> None:
         found.append({**_description(cell), "rounds": cell.rounds, "sample": _SAMPLE,
                       "accuracy": asdict(cell.accuracy), "contenders": rows,
                       "convolutions": cell.convolutions})
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps({"environment": environment, "cells": found}, indent=1) + "\n")
-    temporary.replace(path)
+    result_file.write_json(path, {"environment": environment, "cells": found})
 
 
 def _description(cell: Cell) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..nn.units import unit_args, uses_batch_statistics
 from . import leaves
-from .plan import attach_stats, stats_of, unit_fits
+from .plan import attach_stats, stats_of, unit_output_size
 
 __all__ = ["AdapterPlan", "UnitParts", "adapter_of", "register_unit"]
 
@@ -98,7 +98,7 @@ class AdapterPlan:
         if self.refusal() is not None:
             return self._module._plain_forward(x)
         parts = self._adapter(self._module)
-        if not unit_fits(x, parts.convs, parts.shortcut):
+        if unit_output_size(x, parts.convs, parts.shortcut) is None:
             return self._module._plain_forward(x)
         wanted = hand_on and uses_batch_statistics(parts.norms[-1])
         args = unit_args(parts.norms, parts.convs, parts.shortcut, parts.negative_slope)

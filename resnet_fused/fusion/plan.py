@@ -29,7 +29,7 @@ from . import leaves
 from .match import AddOp, ConvOp, Match, NormOp, Pair, UnitOp, match
 from .trace import Trace
 
-__all__ = ["Plan", "attach_stats", "stats_of", "unit_fits"]
+__all__ = ["Plan", "attach_stats", "stats_of", "unit_output_size"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ATTRIBUTE = "_resnet_fused_stats"
@@ -72,15 +72,17 @@ def output_shape(shape: tuple, conv: nn.Conv2d) -> tuple | None:
     return convolution_output_shape(shape, conv.weight.shape, conv.stride, padding, conv.dilation)
 
 
-def unit_fits(x: Any, convs: list[nn.Conv2d], shortcut: nn.Conv2d | None) -> bool:
-    """Whether the operator of a whole unit takes x, and both sides of its addition have one size."""
+def unit_output_size(
+    x: Any, convs: list[nn.Conv2d], shortcut: nn.Conv2d | None, size: tuple | None = None
+) -> tuple | None:
+    """The size of what the operator of a whole unit makes of x, or of a tensor that is like x but of this size; None
+    where it does not take it, or where the sides of its addition would differ in size."""
     if not fits(x) or not all(takes(c, x) for c in (*convs, *([] if shortcut is None else [shortcut]))):
-        return False
-    size = tuple(x.shape)
-    shape = size
+        return None
+    shape = start = size or tuple(x.shape)
     for conv in convs:
         shape = shape and output_shape(shape, conv)
-    return shape == (size if shortcut is None else output_shape(size, shortcut))
+    return shape if shape == (start if shortcut is None else output_shape(start, shortcut)) else None
 
 
 class _Values(dict):
@@ -140,9 +142,9 @@ class Plan:
         placeholders = [n for n in self._nodes if n.op == "placeholder"]
         return index < len(placeholders) and placeholders[index] in self._readers
 
-    def is_identity_unit(self, x: Tensor) -> bool:
-        """Whether the plan is one whole unit with an identity shortcut and nothing else, which takes x."""
-        return self._whole is not None and self._whole.shortcut is None and self._unit_fits(self._whole, x)
+    def unit_output_size(self, x: Tensor, size: tuple | None = None) -> tuple | None:
+        """If the plan is one whole unit and nothing else, :func:`unit_output_size`; else None."""
+        return None if self._whole is None else self._output_size(self._whole, x, size)
 
     def unit_args(self) -> F.UnitArgs:
         """Of such a plan, what the operator takes. A norm without momentum counts the batch here."""
@@ -277,7 +279,7 @@ class Plan:
     def _run_unit(self, op: UnitOp, values: _Values) -> Tensor:
         first = op.pairs[0]
         x = values[first.x]
-        if not self._unit_fits(op, x):
+        if self._output_size(op, x) is None:
             return self._plainly(op, values)
         wanted = self._wants_stats(op.anchor, values, self._norm(op.pairs[-1]))
         args = self._unit_args(op)
@@ -292,8 +294,8 @@ class Plan:
         )
         return self._keep(result, op.anchor, values, wanted)
 
-    def _unit_fits(self, op: UnitOp, x: Any) -> bool:
-        return unit_fits(x, [self._conv(node) for node in op.convs], self._shortcut(op))
+    def _output_size(self, op: UnitOp, x: Any, size: tuple | None = None) -> tuple | None:
+        return unit_output_size(x, [self._conv(node) for node in op.convs], self._shortcut(op), size)
 
     def _unit_args(self, op: UnitOp) -> F.UnitArgs:
         norms, convs = map(self._norm, op.pairs), map(self._conv, op.convs)

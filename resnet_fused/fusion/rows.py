@@ -1,8 +1,8 @@
 """Fused units that follow one another in an ``nn.Sequential``, run as rows: one autograd node for up to 16
 units (:func:`resnet_fused.functional.residual_units`), where calling them in turn has one for each.
 
-Units join a row if each is a whole residual unit with an identity shortcut, and nothing sees that they are not
-called: neither they nor PyTorch have hooks that a call would run.
+Units join a row if each is a whole residual unit, and nothing sees that they are not called: neither they nor
+PyTorch have hooks that a call would run.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ def _forward(self: nn.Sequential, input: Any) -> Any:
 def _row_from(members: list[nn.Module], start: int, x: Any) -> tuple[list[F.UnitArgs], bool]:
     """The units from a member on that can run as a row, and whether the result's statistics are asked for."""
     plans: list[Plan] = []
+    size = None
     for member in members[start:]:
-        # Of a call with what the unit before returns, all is known but the values: it is like x, and where
-        # there are gradients it has one.
+        # Of a call with what the unit before returns, all is known but the values: it is like x but for its size,
+        # and where there are gradients it has one.
         signature, _ = signature_of((_RESULT[torch.is_grad_enabled()] if plans else x,), {})
         plan = None
         if classes.is_fused(member) and not has_hooks(member) and "forward" not in member.__dict__:
             plan = plan_for(member, signature)
-        if not isinstance(plan, Plan) or not plan.is_identity_unit(x):
+        size = plan.unit_output_size(x, size) if isinstance(plan, Plan) else None
+        if size is None:
             break
         plans.append(plan)
     if len(plans) < 2:

@@ -180,6 +180,8 @@ def run_in_turn(
         The output, and its statistics: None if not asked for, or if the last module does not return any.
     """
     modules = list(modules)
+    if suggests_channels_last(x) and not has_global_hooks():
+        modules = _without_stages(modules)
     for last, step in _steps(modules):
         following = modules[last] if last < len(modules) else None
         wanted = (
@@ -199,13 +201,32 @@ def run_in_turn(
     return x, x_stats
 
 
+def _without_stages(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules, and in place of a stage that nobody has hooked or changed its own: a row of units can go on
+    from stage to stage. For channels_last inputs, which a stage hands to its units as they are."""
+    flat: list[nn.Module] = []
+    for module in modules:
+        if isinstance(module, PreActStage) and _runs_as_written(module, PreActStage):
+            flat += _without_stages(module)
+        else:
+            flat.append(module)
+    return flat
+
+
+def _runs_as_written(module: nn.Module, of: type) -> bool:
+    """Whether calling the module is nothing but the forward of that class: no hooks, no other forward."""
+    return (
+        not has_hooks(module) and type(module).forward is of.forward and "forward" not in module.__dict__
+    )
+
+
 def _steps(modules: list[nn.Module]) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
     """What to call in turn, modules and rows of fused units, each with the index of the module behind it."""
     hooked = has_global_hooks()
     steps: list[tuple[int, nn.Module | list[F.UnitArgs]]] = []
     for index, module in enumerate(modules, start=1):
         args = None
-        if isinstance(module, _ResidualUnit) and not hooked and module.runs_as_written():
+        if isinstance(module, _ResidualUnit) and not hooked and _runs_as_written(module, _ResidualUnit):
             args = module.unit_args()
         if args is None:
             steps.append((index, module))
@@ -306,14 +327,6 @@ class _ResidualUnit(StatsModule):
 
     def first_norm(self) -> nn.Module:
         return self.bn1
-
-    def runs_as_written(self) -> bool:
-        """Whether calling the unit is nothing but ``forward`` below: no hooks, no other forward."""
-        return (
-            not has_hooks(self)
-            and type(self).forward is _ResidualUnit.forward
-            and "forward" not in self.__dict__
-        )
 
     def unit_args(self) -> F.UnitArgs | None:
         """:func:`unit_args` of the children; None if the operator does not compute what they do."""

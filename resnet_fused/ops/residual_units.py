@@ -1,8 +1,8 @@
 """residual_units: residual units in turn, in as few autograd nodes as memory allows.
 
-In a deep net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its
-kernels. Where one C++ backend runs all of it, they do it once for up to 16 units with identity shortcuts
-(half of those in turn at most), and as little as possible for each of the others (unit_node.py).
+In a net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its kernels,
+most of it to bring their code and data back into the caches that the kernels have emptied. Where one C++ backend
+runs all of it, it is done once for up to 16 units (unit_node.py).
 What comes out is what the units give by themselves, to the bit; wherever something has to see the units one
 by one (torch.compile, functorch, a dispatch that is recorded, a backend that runs only some of the
 primitives), they are called one by one.
@@ -11,18 +11,19 @@ primitives), they are called one by one.
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from . import last_use
 from .arguments import BatchNormArgs, ConvArgs
 from .residual_unit import residual_unit_by_dispatcher
 from .unit_node import UnitArgs
 from .unit_node import run_in_one_node as _one_node
 
-#: Units in one node at most. A node's saved tensors are freed, and its gradients handed to
-#: DistributedDataParallel, only when all of it is done. For the same reason one part in SHARE of the units in
-#: turn is the most (two units in a node cost a net of nine 4 % of peak memory), and a projecting unit has a
-#: node of its own: its input is larger than what is saved for the units behind it.
+#: Units in one node at most, and bytes of their parameters if they are several: a node hands its gradients on (to
+#: DistributedDataParallel, whose buckets hold 25 MiB, or to hooks) only when all of it is done. What it has saved it frees
+#: unit by unit.
 MOST = 16
-SHARE = 2
+MOST_BYTES = 16 << 20
 
 
 def residual_unit(
@@ -77,34 +78,61 @@ def residual_units(
     units = list(units)
     if not units:
         raise ValueError("residual_units: expected at least one unit")
-    rows = _rows(units)
-    for own, following in zip(rows, [*rows[1:], None], strict=True):
-        wanted = return_stats if following is None else following[0].uses_batch_statistics()
-        x, x_stats = _one_node(own, x, x_stats, wanted) or _one_by_one(own, x, x_stats, wanted)
+    x, x_stats = _in_turn(_rows(units), x, x_stats, return_stats)
     return (x, x_stats) if return_stats else x
 
 
+def _bytes_of_parameters(unit: UnitArgs) -> int:
+    convs = unit.convs if unit.shortcut is None else [*unit.convs, unit.shortcut]
+    return sum([conv.weight.nbytes for conv in convs])  # a BatchNorm's do not count beside them
+
+
 def _rows(units: list[UnitArgs]) -> list[list[UnitArgs]]:
-    """The units of each node."""
+    """The units of each node: as few nodes as may be, of as equal a number of units as may be. Hooks for saved tensors
+    (that offload them, say) would get back all of a node's at once: those of one unit."""
+    if len(units) == 1 or is_compiling() or not last_use.may_be_owned():
+        return [[unit] for unit in units]
+    sizes = [_bytes_of_parameters(unit) for unit in units]
+    length = -(-len(units) // -(-len(units) // MOST))
     rows: list[list[UnitArgs]] = []
-    for unit in units:
-        if rows and unit.shortcut is None and rows[-1][0].shortcut is None:
-            rows[-1].append(unit)
+    total = 0
+    for unit, size in zip(units, sizes, strict=True):
+        row = rows[-1] if rows else []
+        if 0 < len(row) < length and total + size <= MOST_BYTES and _are_alike(unit, row[0]):
+            row.append(unit)
+            total += size
         else:
             rows.append([unit])
-    cut = []
-    for row in rows:
-        nodes = -(-len(row) // max(1, min(MOST, len(row) // SHARE)))
-        cut += [row[len(row) * i // nodes : len(row) * (i + 1) // nodes] for i in range(nodes)]
-    return cut
+            total = size
+    return rows
 
 
-def _one_by_one(units: Sequence[UnitArgs], x: Tensor, x_stats: Tensor | None, return_stats: bool):
-    for unit, following in zip(units, [*units[1:], None]):
-        wanted = return_stats if following is None else following.uses_batch_statistics()
-        out = residual_unit_by_dispatcher(
-            x, unit.norms, unit.convs, shortcut=unit.shortcut, negative_slope=unit.negative_slope,
-            x_stats=x_stats, return_stats=wanted,
-        )  # fmt: skip
-        x, x_stats = out if wanted else (out, None)
+def _are_alike(a: UnitArgs, b: UnitArgs) -> bool:
+    """What the units of a node have in common."""
+    return a.negative_slope == b.negative_slope and a.uses_batch_statistics() == b.uses_batch_statistics()
+
+
+def _in_turn(
+    rows: Sequence[Sequence[UnitArgs]], x: Tensor, x_stats: Tensor | None, return_stats: bool
+) -> tuple[Tensor, Tensor | None]:
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        wanted = return_stats if following is None else following[0].uses_batch_statistics()
+        x, x_stats = _row(row, x, x_stats, wanted)
     return x, x_stats
+
+
+def _row(
+    units: Sequence[UnitArgs], x: Tensor, x_stats: Tensor | None, return_stats: bool
+) -> tuple[Tensor, Tensor | None]:
+    """In one node; where that cannot be, in one for each unit, or by the dispatcher."""
+    found = _one_node(units, x, x_stats, return_stats)
+    if found is not None:
+        return found
+    if len(units) > 1:
+        return _in_turn([[unit] for unit in units], x, x_stats, return_stats)
+    (unit,) = units
+    out = residual_unit_by_dispatcher(
+        x, unit.norms, unit.convs, shortcut=unit.shortcut, negative_slope=unit.negative_slope,
+        x_stats=x_stats, return_stats=return_stats,
+    )  # fmt: skip
+    return out if return_stats else (out, None)
