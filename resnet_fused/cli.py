@@ -79,7 +79,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(message, file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -244,7 +244,7 @@ def test_a_missing_library_is_told(capsys, monkeypatch):
 
 def start(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "resnet_fused.cli", *arguments],
+        [sys.executable, "-m", "resnet_fused", *arguments],
         stdout=subprocess.PIPE,
         # A runner in the background of a shell has SIGINT ignored, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -10,7 +10,7 @@ import resnet_fused
 PACKAGE = Path(resnet_fused.__file__).parent
 # The floor of each part of the package; a module may import from its own part and from lower floors.
 FLOORS = {
-    "train": 10,  # python -m resnet_fused.train, the command's other door
+    "train": 10, "__main__": 10,  # the command's other doors: python -m resnet_fused.train, python -m resnet_fused
     "cli": 9,
     "analysis": 8,  # measures what training does
     "training": 7, "doctor": 7,
