@@ -119,14 +119,15 @@ def test_too_many_tiles_for_one_launch(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_units_in_one_node(cuda, dtype):
+@pytest.mark.parametrize("middle", [dict(c=32), dict(c=32, k=64, stride=2)], ids=["identity", "projection"])
+def test_units_in_one_node(cuda, middle, dtype):
     """The same to the bit as one by one, where BatchNorm's backward takes the place of what it reads, too."""
     x, row = torch.randn(2, 32, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last), []
-    for _ in range(3):
-        _, norms, convs, _ = unit("bottleneck", c=32, mid=8, dtype=dtype)
-        row.append(UnitArgs(norms, convs))
+    for sizes in (dict(c=32), middle, dict(c=middle.get("k", 32))):
+        _, norms, convs, shortcut = unit("bottleneck", mid=8, dtype=dtype, **sizes)
+        row.append(UnitArgs(norms, convs, shortcut))
     x.requires_grad_()
-    leaves = [t for t in plain.tensors((x, [u[:2] for u in row])) if t.requires_grad]
+    leaves = [t for t in plain.tensors((x, [u[:3] for u in row])) if t.requires_grad]
 
     def run(units):
         out, stats = units(row)
@@ -135,7 +136,9 @@ def test_units_in_one_node(cuda, dtype):
     def one_by_one(units):
         out, stats = x, None
         for u in units:
-            out, stats = rf.functional.residual_unit(out, *u[:2], x_stats=stats, return_stats=True)
+            out, stats = rf.functional.residual_unit(
+                out, *u[:2], shortcut=u.shortcut, x_stats=stats, return_stats=True
+            )
         return out, stats
 
     whole = run(lambda units: rf.functional.residual_units(x, units, return_stats=True))

@@ -475,6 +475,12 @@ def test_wrong_input(name):
         one(x[:1, :, :1, :1])
 
 
+@pytest.mark.parametrize("source", [fused, rf.reference])
+def test_a_stage_tells_how_many_dimensions_it_expects(source):
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        source.PreActStage(source.PreActBasicBlock(4, 4))(torch.randn(4, 8, 8))
+
+
 def test_one_value_per_channel_works_in_eval():
     one, other = (module.eval() for module in twins("basic"))
     x = batch(one)[:1, :, :1, :1]

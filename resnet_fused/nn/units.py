@@ -180,7 +180,7 @@ def run_in_turn(
         The output, and its statistics: None if not asked for, or if the last module does not return any.
     """
     modules = list(modules)
-    if suggests_channels_last(x) and not has_global_hooks():
+    if x.dim() == 4 and suggests_channels_last(x) and not has_global_hooks():
         modules = _without_stages(modules)
     for last, step in _steps(modules):
         following = modules[last] if last < len(modules) else None

@@ -1,8 +1,8 @@
-"""residual_units: residual units in turn, in as few autograd nodes as memory allows.
+"""residual_units: residual units in turn, in few autograd nodes.
 
-In a net of small images, what Python, autograd and the dispatcher do for each unit takes as long as its kernels,
-most of it to bring their code and data back into the caches that the kernels have emptied. Where one C++ backend
-runs all of it, it is done once for up to 16 units (unit_node.py).
+What Python, autograd and the dispatcher do for each unit takes a good part of a step in a net of small images, most
+of it to bring their code and data back into the caches that the kernels have emptied. Where one C++ backend runs all
+of it, it is done once for up to 16 units (unit_node.py).
 What comes out is what the units give by themselves, to the bit; wherever something has to see the units one
 by one (torch.compile, functorch, a dispatch that is recorded, a backend that runs only some of the
 primitives), they are called one by one.
@@ -10,6 +10,7 @@ primitives), they are called one by one.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -78,8 +79,19 @@ def residual_units(
     units = list(units)
     if not units:
         raise ValueError("residual_units: expected at least one unit")
-    x, x_stats = _in_turn(_rows(units), x, x_stats, return_stats)
+    first = _first_with_gradient(units, x)
+    x, x_stats = _in_turn(_rows(units[:first]) + _rows(units[first:]), x, x_stats, return_stats)
     return (x, x_stats) if return_stats else x
+
+
+def _first_with_gradient(units: list[UnitArgs], x: Tensor) -> int:
+    """How many units have no gradient, as in a net whose first stages are frozen: a node would save their tensors too."""
+    if torch.is_grad_enabled() and not x.requires_grad:
+        for index, unit in enumerate(units):
+            layers = (*unit.norms, *unit.convs, *([] if unit.shortcut is None else [unit.shortcut]))
+            if torch._C._any_requires_grad(*[t for layer in layers for t in (layer.weight, layer.bias)]):
+                return index
+    return 0
 
 
 def _bytes_of_parameters(unit: UnitArgs) -> int:
@@ -90,7 +102,7 @@ def _bytes_of_parameters(unit: UnitArgs) -> int:
 def _rows(units: list[UnitArgs]) -> list[list[UnitArgs]]:
     """The units of each node: as few nodes as may be, of as equal a number of units as may be. Hooks for saved tensors
     (that offload them, say) would get back all of a node's at once: those of one unit."""
-    if len(units) == 1 or is_compiling() or not last_use.may_be_owned():
+    if len(units) < 2 or is_compiling() or not last_use.may_be_owned():
         return [[unit] for unit in units]
     sizes = [_bytes_of_parameters(unit) for unit in units]
     length = -(-len(units) // -(-len(units) // MOST))
