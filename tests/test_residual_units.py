@@ -377,6 +377,11 @@ class TestFromStageToStage:
         assert seen == [1]
         assert nodes_with(lambda net: setattr(net, "layer1", Stage(*net.layer1))) == [3, 6]
         assert nodes_with(lambda net: setattr(net.layer3, "forward", net.layer3.forward)) == [6, 3]
+
+        def compile_stage(net):  # as net.layer1.compile() does
+            net.layer1._compiled_call_impl = net.layer1._call_impl
+
+        assert nodes_with(compile_stage) == [3, 6]
         handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         try:
             assert nodes_with(lambda net: None) == [1] * 9

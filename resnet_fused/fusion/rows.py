@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.units import has_global_hooks, has_hooks
+from ..nn.units import calls_forward_alone, has_global_hooks
 from . import classes
 from .plan import Plan, attach_stats, stats_of
 from .trace import signature_of
@@ -62,7 +62,7 @@ def _row_from(members: list[nn.Module], start: int, x: Any) -> tuple[list[F.Unit
         # and where there are gradients it has one.
         signature, _ = signature_of((_RESULT[torch.is_grad_enabled()] if plans else x,), {})
         plan = None
-        if classes.is_fused(member) and not has_hooks(member) and "forward" not in member.__dict__:
+        if classes.is_fused(member) and calls_forward_alone(member):
             plan = plan_for(member, signature)
         size = plan.unit_output_size(x, size) if isinstance(plan, Plan) else None
         if size is None:

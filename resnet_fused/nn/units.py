@@ -55,6 +55,12 @@ def has_global_hooks() -> bool:
     )
 
 
+def calls_forward_alone(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no forward of its own, no
+    ``module.compile()``."""
+    return not has_hooks(module) and "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
 def plain_forward(module: nn.Module) -> Callable:
     """The forward of a module's class as the user wrote it; ``fuse`` exchanges classes."""
     return getattr(type(module), "_plain_forward", type(module).forward)
@@ -62,7 +68,7 @@ def plain_forward(module: nn.Module) -> Callable:
 
 def is_fusable(module: nn.Module) -> bool:
     """Whether ``module`` computes nothing but a 2-D batch norm, or a convolution padded with zeros."""
-    if has_hooks(module) or "forward" in module.__dict__:
+    if not calls_forward_alone(module):
         return False
     if isinstance(module, nn.BatchNorm2d):
         return type(module).forward is _BatchNorm.forward
@@ -214,10 +220,8 @@ def _without_stages(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _runs_as_written(module: nn.Module, of: type) -> bool:
-    """Whether calling the module is nothing but the forward of that class: no hooks, no other forward."""
-    return (
-        not has_hooks(module) and type(module).forward is of.forward and "forward" not in module.__dict__
-    )
+    """Whether calling the module is nothing but the forward of that class."""
+    return type(module).forward is of.forward and calls_forward_alone(module)
 
 
 def _steps(modules: list[nn.Module]) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
