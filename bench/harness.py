@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from shapes import Conv
-from tolerances import STATS_EPS, assert_trusted
+from tolerances import STATS_EPS, assert_trusted, library_has_kernels
 from torch import Tensor
 
 import resnet_fused as rf
@@ -158,7 +158,7 @@ class PrimitiveBench:
                 results = _flat(function(*args))
             if log[0].backend != self._backend:
                 pytest.skip(f"{self._backend} declines {name}: {log[0].reason}")
-            if self._backend == "unfused" and not _library_has_kernels(DTYPES[self._dtype], args[0].device):
+            if self._backend == "unfused" and not library_has_kernels(DTYPES[self._dtype], args[0].device):
                 pytest.skip("the library has no bfloat16 kernels for this CPU: its substitute adds up in bfloat16")
             plains = _flat(plain(*args))
             oracles = _flat(plain(*map(_wide, args)))
@@ -175,10 +175,6 @@ class PrimitiveBench:
                         assert_trusted(*row, output, terms)
             self._timer(lambda: (timed or function)(*args), group=f"{name} {case} {self._dtype}",
                         dtype=self._dtype, case=case, bytes_moved=bytes_read + nbytes(*results), flops=flops)
-
-
-def _library_has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type != "cpu" or dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _wide(argument: object) -> object:

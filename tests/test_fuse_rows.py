@@ -107,7 +107,13 @@ def test_what_parts_a_row(rows):
     assert hooked == [2, 2] and seen == [1]
     assert parted(lambda net: net[1].conv2.register_forward_hook(lambda *args: None)) == [3]
     assert parted(lambda net: setattr(net[4], "forward", lambda y: y)) == [4]
-    assert parted(lambda net: setattr(net[4], "_compiled_call_impl", net[4]._call_impl)) == [4]  # net[4].compile()
+    for index, name, row in ((4, "", 4), (1, "conv2", 3)):  # .compile() of a unit, of a layer in one
+
+        def compiled(net, index=index, name=name):
+            module = net[index].get_submodule(name)
+            module._compiled_call_impl = module._call_impl
+
+        assert parted(compiled) == [row]
     assert parted(lambda net: net.insert(2, nn.Identity())) == [2, 3]
     assert parted(lambda net: net[3].train(False)) == [5]  # one node or not is residual_units' to decide
     assert parted(lambda net: None, count=1) == []

@@ -162,7 +162,8 @@ class TestSameAsOneByOne:
             for t in plain.tensors((units[0], units[2])):
                 t.requires_grad_(False)
         check_same(one_by_one, x, units)
-        assert nodes in ([len(units)], [1, 2])  # what has no gradient by itself
+        # What has no gradient is by itself.
+        assert nodes == ([1, 2] if behind and not x.requires_grad else [len(units)])
 
     def test_dtypes_of_parameters(self, one_by_one, nodes):
         """BatchNorm's own in bfloat16, as after model.bfloat16()."""
@@ -309,19 +310,20 @@ class TestRows:
         check_same(one_by_one, x, units)
 
     def test_left_one_by_one(self, nodes):
-        def left(x, units, grad=True):
+        def left(x, units, grad=True, alone=0):
+            """Whether the row is no node, and each unit then is one (alone = 1) or none."""
             nodes.clear()
             with torch.set_grad_enabled(grad):
                 residual_units(x, units)
-            return nodes[0] == 0
+            return nodes == [0, *[alone] * len(units)]
 
         x, two = batch(), [basic(), basic()]
-        assert not left(x, two)
-        assert not left(x, two[:1])
+        assert not left(x, two) and nodes == [2]
+        assert not left(x, two[:1]) and nodes == [1]
         assert left(x.detach().contiguous(), two)
         frozen = [basic(training=False), basic(training=False)]
         assert left(x, frozen) and not left(x, frozen, grad=False)
-        assert left(x, [two[0], two[0]])  # its running statistics are updated twice, in order
+        assert left(x, [two[0], two[0]], alone=1)  # its running statistics are updated twice, in order
         assert left(x[:0], two)
         assert left(x.detach().to(torch.float16), [basic(dtype=torch.float16) for _ in range(2)])
         with rf.record_dispatch() as log:

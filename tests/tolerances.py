@@ -32,6 +32,12 @@ STATS_EPS = 16.0
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3, "nondet_tol": 0.0}
 
 
+def library_has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch has convolutions of this dtype there. Its substitute for bfloat16 adds up in bfloat16, and is no
+    yardstick for it."""
+    return device.type != "cpu" or dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def ulp(value: float, dtype: torch.dtype) -> float:
     """The distance from value to the next number of dtype."""
     if value == 0:

@@ -11,7 +11,7 @@ import sys
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ..nn.units import has_hooks, plain_forward
+from ..nn.units import calls_forward_alone, has_hooks, plain_forward
 
 __all__ = [
     "activation_slope",
@@ -99,7 +99,7 @@ def norm_slope(module: nn.Module) -> float | None:
 
 def activation_slope(module: nn.Module) -> float | None:
     """0 for ReLU, its slope for LeakyReLU, None for everything else."""
-    if "forward" in module.__dict__ or has_hooks(module):
+    if not calls_forward_alone(module):
         return None
     if type(module) is nn.ReLU:
         return 0.0
@@ -129,7 +129,7 @@ def conv_refusal(module: nn.Module) -> str | None:
 
 def passes_through(module: nn.Module) -> bool:
     """Whether module returns its input as it is, in its present state."""
-    if has_hooks(module) or "forward" in module.__dict__:
+    if not calls_forward_alone(module):
         return False
     if type(module) is nn.Identity:
         return True
@@ -144,7 +144,7 @@ def passes_through(module: nn.Module) -> bool:
 
 def per_image_gate(module: nn.Module) -> bool:
     """Whether module multiplies each image by a random number: stochastic depth."""
-    if has_hooks(module) or "forward" in module.__dict__:
+    if not calls_forward_alone(module):
         return False
     return _is_exactly(module, _GATES[0]) or (_is_exactly(module, _GATES[1]) and module.mode == "row")
 

@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..nn.units import has_hooks, plain_forward
+from ..nn.units import calls_forward_alone, plain_forward
 from .classes import is_fused, original_class
 from .guards import Attributes, Untraceable, random_state, refuse_side_effects
 from .leaves import is_norm
@@ -159,8 +159,7 @@ class _Tracer(fx.Tracer):
         if (
             m in self._leaves
             or is_fused(m)
-            or has_hooks(m)
-            or "forward" in m.__dict__
+            or not calls_forward_alone(m)
             or isinstance(m, (nn.Conv2d, torch.jit.ScriptModule))
             or is_norm(m)
             or not self._is_interesting(m)

@@ -36,12 +36,13 @@ UnitOutput = Tensor | tuple[Tensor, Tensor | None]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything has been registered that runs when ``module`` is called."""
+    """Whether anything has been registered that runs when ``module`` is called; ``module.compile()`` counts."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl
     )
 
 
@@ -56,9 +57,8 @@ def has_global_hooks() -> bool:
 
 
 def calls_forward_alone(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no forward of its own, no
-    ``module.compile()``."""
-    return not has_hooks(module) and "forward" not in module.__dict__ and module._compiled_call_impl is None
+    """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no forward of its own."""
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 def plain_forward(module: nn.Module) -> Callable:
@@ -185,10 +185,10 @@ def run_in_turn(
     Returns:
         The output, and its statistics: None if not asked for, or if the last module does not return any.
     """
-    modules = list(modules)
-    if x.dim() == 4 and suggests_channels_last(x) and not has_global_hooks():
+    modules, hooked = list(modules), has_global_hooks()
+    if x.dim() == 4 and suggests_channels_last(x) and not hooked:
         modules = _without_stages(modules)
-    for last, step in _steps(modules):
+    for last, step in _steps(modules, hooked):
         following = modules[last] if last < len(modules) else None
         wanted = (
             return_stats
@@ -224,9 +224,12 @@ def _runs_as_written(module: nn.Module, of: type) -> bool:
     return type(module).forward is of.forward and calls_forward_alone(module)
 
 
-def _steps(modules: list[nn.Module]) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
-    """What to call in turn, modules and rows of fused units, each with the index of the module behind it."""
-    hooked = has_global_hooks()
+def _steps(modules: list[nn.Module], hooked: bool) -> list[tuple[int, nn.Module | list[F.UnitArgs]]]:
+    """What to call in turn, modules and rows of fused units, each with the index of the module behind it.
+
+    Args:
+        hooked: there are global hooks, which have to see every unit.
+    """
     steps: list[tuple[int, nn.Module | list[F.UnitArgs]]] = []
     for index, module in enumerate(modules, start=1):
         args = None
