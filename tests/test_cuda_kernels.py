@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_emulation import ROOT, OnDevice, check_memory, library
-from test_primitives import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, wide
+from primitive_cases import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, wide
 from tolerances import assert_trusted
 
 from resnet_fused.primitives import reference

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_primitives import CL, Shape, bn_rows, check_activation, check_stats, check_sums, name_of, wide
+from primitive_cases import CL, Shape, bn_rows, check_activation, check_stats, check_sums, name_of, wide
 from tolerances import assert_trusted
 
 from resnet_fused.primitives import reference

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from test_primitives import (
+from primitive_cases import (
     CL,
     ELEMENTWISE_SHAPES,
     SPECIAL,

@@ -7,8 +7,8 @@ import test_preact_conv2d
 import test_residual_add
 import test_residual_unit
 import torch
-from test_primitives import TestRegistered as Registered
-from test_primitives import bn_rows
+from primitive_cases import bn_rows
+from test_primitive_operators import TestRegistered as Registered
 from triton_cases import DEVICE, INTERPRETED
 
 import resnet_fused as rf
