@@ -225,6 +225,11 @@ class TestReferences:
         del detached
         assert last_use.are_only_references(tensors) and last_use.are_only_references([])
 
+    def test_memory_shared_with_other_processes(self):
+        tensor = torch.empty(3)
+        tensor.share_memory_()
+        assert not last_use.is_only_reference(tensor) and not last_use.are_only_references([tensor])
+
     def test_a_graph_counts(self):
         tensor, weight = torch.ones(3), torch.ones(3, requires_grad=True)
         out = tensor * weight

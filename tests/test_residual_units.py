@@ -708,13 +708,11 @@ class TestStage:
         units[0] = units[0]._replace(norms=norms)
         before = norms[0].running_mean.clone()
         check_same(one_by_one, x, units)
-        versions = [
-            t._version for t in (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)
-        ]
+        running = norms[0].running_mean, norms[0].running_var
+        versions = [t._version for t in running]
         residual_units(x, units)
         assert not torch.equal(norms[0].running_mean, before) and norms[0].num_batches_tracked.item() == 4
-        changed = (norms[0].running_mean, norms[0].running_var, norms[0].num_batches_tracked)
-        assert all(t._version > version for t, version in zip(changed, versions, strict=True))
+        assert [t._version for t in running] == versions  # as PyTorch's batch norm leaves them
 
     def test_shared_unit(self, one_by_one):
         unit = rf.nn.PreActBasicBlock(8, 8)

@@ -547,3 +547,66 @@ def test_compiled_stage_is_one_graph_with_the_same_numbers(momentum):
                 results[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
             )
         one.zero_grad(), twin.zero_grad()
+
+
+# --- transformed functions ---
+
+
+@pytest.mark.parametrize("name", ["basic-projection", "bottleneck", "conv3x3"])
+def test_momentum_none_in_float64(name):
+    """The average's factor is a float64, too."""
+    one, other = (made.double() for made in twins(name, momentum=None))
+    for step in range(3):
+        x = batch(one).double() + step
+        one(x), other(x)
+    for a, b in zip(one.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+class TestFunc:
+    """torch.func and forward-mode AD see PyTorch's layers, in which they have formulas for everything."""
+
+    NETS = [
+        ("preact_resnet20_cifar", 8),
+        ("resnet20_cifar", 8),
+        ("densenet_bc100_12_cifar", 8),
+    ]
+
+    @pytest.mark.parametrize(("name", "size"), NETS)
+    def test_nets(self, name, size):
+        made = [rf.models.create_model(name, num_classes=3, fused=fused) for fused in (True, False)]
+        made[1].load_state_dict(made[0].state_dict())
+        x, direction = torch.randn(2, 2, 3, size, size).double().unbind()
+        results = []
+        for model in made:
+            model.double().eval()
+            parameters = {key: value.detach() for key, value in model.named_parameters()}
+
+            def loss(parameters, x, model=model):
+                return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+            weight = next(iter(parameters))
+            results.append([
+                torch.func.grad(loss)(parameters, x)[weight],
+                torch.func.vmap(lambda image: model(image[None]))(x),
+                torch.func.jvp(model, (x,), (direction,))[1],
+                torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])[weight],
+            ])
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, direction)
+                results[-1].append(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent.clone())
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+    def test_residual_add(self):
+        x, y = torch.randn(2, 2, 3, 4, 4).unbind()
+        add = [source.ResidualAdd(alpha=0.5, negative_slope=0.1) for source in (fused, plain)]
+        mine, theirs = (torch.func.vmap(module)(x, y) for module in add)
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet20_cifar", "resnet20_cifar", "densenet_bc100_12_cifar"])
+def test_an_image_without_a_batch(name):
+    for is_fused in (True, False):
+        with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+            rf.models.create_model(name, fused=is_fused)(torch.randn(3, 8, 8))

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from ..nn.units import StatsModule, has_hooks
+from ..nn.units import StatsModule
 from . import leaves
 from .adapters import AdapterPlan, adapter_of
 from .classes import original_class
 from .guards import Untraceable
-from .match import AddOp, ConvOp, NormOp, UnitOp
-from .plan import Plan
+from .match import AddOp, ConvOp, NormOp, UnitOp, changed_in_place
+from .plan import Link, Plan
 from .trace import default_signature, trace
 from .unit import make_plan
 
@@ -53,7 +53,7 @@ class Analysis:
         norms: module -> what becomes of it, for every norm of the model, in the model's order.
         operators: module -> kind of operator ("unit", "conv", "conv + addition") that computes it, for every
             fused convolution.
-        hand_on: units whose result's statistics another unit reads.
+        links: unit -> how its result gets to another unit, which reads its statistics.
         untraced: module -> why its forward could not be traced, where that matters.
     """
 
@@ -61,7 +61,7 @@ class Analysis:
     names: dict[nn.Module, str] = field(default_factory=dict)
     norms: dict[nn.Module, NormStatus] = field(default_factory=dict)
     operators: dict[nn.Module, str] = field(default_factory=dict)
-    hand_on: set[nn.Module] = field(default_factory=set)
+    links: dict[nn.Module, Link] = field(default_factory=dict)
     untraced: dict[nn.Module, str] = field(default_factory=dict)
 
     def refused(self) -> list[NormStatus]:
@@ -299,21 +299,31 @@ class _Analyst:
                 self.link(child)
             return
 
-        def source(node: Node) -> Node:
+        def path(node: Node) -> list[Node]:
+            """The node, those behind it that hand its value on, and the one that computes it."""
+            nodes = [node]
             while (
                 node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], Node)
                 and leaves.passes_through(traced.modules[node.target])
             ):  # fmt: skip
                 node = node.args[0]
-            return node
+                nodes.append(node)
+            return nodes
 
+        is_changed = changed_in_place(traced)
         for node in traced.graph.nodes:
             reader = traced.modules[node.target] if node.op == "call_module" else None
             if reader not in units:
                 continue
             for index, value in enumerate(node.args):
-                origin = source(value) if isinstance(value, Node) else None
-                if origin is not None and origin.op == "call_module":
-                    producer = traced.modules[origin.target]
-                    if producer in units and not has_hooks(producer) and units[reader].reads_stats_of(index):
-                        self.result.hand_on.add(producer)
+                handed = path(value) if isinstance(value, Node) else []
+                if not handed or handed[-1].op != "call_module" or is_changed(handed[-1]):
+                    continue
+                producer = traced.modules[handed[-1].target]
+                if producer not in units or not units[reader].reads_stats_of(index):
+                    continue
+                calls = [node, *handed]
+                stacks = [set(_stack(call)) for call in calls]
+                crossed = set.union(*stacks) - set.intersection(*stacks)  # calls of these end or begin on the way
+                between = [*(traced.modules[call.target] for call in calls), *map(traced.absorbed.get, crossed)]
+                self.result.links[producer] = Link(module, between)

@@ -67,7 +67,7 @@ def fuse(
             restore(module)
     for module in found.units:
         convert(module)
-        state_of(module).hand_on = module in found.hand_on
+        state_of(module).link = found.links.get(module)
     exchange_sequentials(model)
     if found.units:  # a model with nothing else to fuse stays as it is
         exchange_pools(model, filter_fn)

@@ -84,6 +84,8 @@ def norm_refusal(module: nn.Module) -> str | None:
         return None
     if type(module).forward is not _BatchNorm.forward:
         return f"{name} has a forward of its own"
+    if type(module)._check_input_dim is not nn.BatchNorm2d._check_input_dim:
+        return f"{name} checks its input in a way of its own"
     return None
 
 

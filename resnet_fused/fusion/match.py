@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -144,6 +145,11 @@ def match(traced: Trace) -> Match:
         if not conflicts:
             return found
         banned |= conflicts
+
+
+def changed_in_place(traced: Trace) -> Callable[[Node], bool]:
+    """Whether anything in a trace changes a node's value, or what shares its memory, in place."""
+    return _Matcher(traced, set()).changed(set())
 
 
 class _Matcher:
@@ -428,6 +434,20 @@ class _Matcher:
 
     def conflicts(self, found: Match) -> set[Node]:
         """Norms and additions whose operators read a value that something left alone changes in place."""
+        is_changed = self.changed(found.covered)
+        banned = set()
+        for op in found.ops.values():
+            if any(map(is_changed, op.reads)):
+                if isinstance(op, UnitOp):
+                    banned |= {op.add, *(pair.norm for pair in op.pairs)}
+                elif isinstance(op, ConvOp):
+                    banned.add(op.pair.norm)
+                else:
+                    banned.add(op.anchor if isinstance(op, NormOp) else op.add)
+        return banned - self.banned
+
+    def changed(self, covered: set[Node]) -> Callable[[Node], bool]:
+        """Whether a node's value shares memory with one that a node, of the covered ones aside, changes in place."""
         group: dict[Node, Node] = {}
 
         def root(node: Node) -> Node:
@@ -444,18 +464,9 @@ class _Matcher:
                 group[root(value)] = root(node)
         changed = {
             root(target) for node in self.nodes
-            if node not in found.covered and (target := self.mutates(node)) is not None
+            if node not in covered and (target := self.mutates(node)) is not None
         }  # fmt: skip
-        banned = set()
-        for op in found.ops.values():
-            if any(root(value) in changed for value in op.reads):
-                if isinstance(op, UnitOp):
-                    banned |= {op.add, *(pair.norm for pair in op.pairs)}
-                elif isinstance(op, ConvOp):
-                    banned.add(op.pair.norm)
-                else:
-                    banned.add(op.anchor if isinstance(op, NormOp) else op.add)
-        return banned - self.banned
+        return lambda node: root(node) in changed
 
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)

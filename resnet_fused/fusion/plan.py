@@ -7,6 +7,7 @@ Parameters and settings are read when the unit is called. An operator whose tens
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,22 +30,47 @@ from . import leaves
 from .match import AddOp, ConvOp, Match, NormOp, Pair, UnitOp, match
 from .trace import Trace
 
-__all__ = ["Plan", "attach_stats", "stats_of", "unit_output_size"]
+__all__ = ["Link", "Plan", "attach_stats", "stats_of", "unit_output_size"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ATTRIBUTE = "_resnet_fused_stats"
 
 
+@dataclass(eq=False)
+class Link:
+    """How the result of a fused unit gets to another one, which reads the statistics that come with it.
+
+    Attributes:
+        parent: the module whose forward hands it over.
+        between: the modules that see it on the way if they have hooks, the two units among them. What hooks do to
+            its ``data`` no version counts.
+    """
+
+    parent: nn.Module
+    between: list[nn.Module]
+
+
+class _Attached:
+    """Statistics, and the version of the tensor that they are of. Pickles and copies of the tensor, which begin to
+    count anew, have none."""
+
+    def __init__(self, version: int, stats: Tensor) -> None:
+        self.version, self.stats = version, stats
+
+    def __reduce__(self) -> tuple:
+        return set, ()  # which torch.load takes with weights_only, too
+
+
 def attach_stats(y: Tensor, stats: Tensor | None) -> None:
     """Let whoever reads ``y`` next have its statistics, as long as nothing changes it in place."""
     if stats is not None and not y.is_inference():
-        setattr(y, _ATTRIBUTE, (y._version, stats))
+        setattr(y, _ATTRIBUTE, _Attached(y._version, stats))
 
 
 def stats_of(x: Tensor) -> Tensor | None:
     """The statistics of exactly this tensor, if they came with it."""
-    version, stats = getattr(x, _ATTRIBUTE, (None, None))
-    return stats if stats is not None and version == x._version else None
+    attached = getattr(x, _ATTRIBUTE, None)
+    return attached.stats if type(attached) is _Attached and attached.version == x._version else None
 
 
 def fits(x: Any) -> bool:
@@ -60,7 +86,7 @@ def fits(x: Any) -> bool:
 
 def takes(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether the convolution would take x: under autocast it casts its weight, else it does not."""
-    return conv.weight.dim() == 4 and (
+    return isinstance(conv.weight, Tensor) and conv.weight.dim() == 4 and min(conv.stride) > 0 and (
         conv.weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
     )
 

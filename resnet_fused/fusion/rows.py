@@ -36,7 +36,7 @@ def exchange_sequentials(model: nn.Module) -> None:
 
 @classes.serves(classes.ROWS)
 def _forward(self: nn.Sequential, input: Any) -> Any:
-    if type(input) is not Tensor or captured() or has_global_hooks():
+    if type(input) is not Tensor or captured() or has_global_hooks() or "_is_replica" in self.__dict__:
         return self._plain_forward(input)
     members, x, index = list(self), input, 0
     while index < len(members):
@@ -70,5 +70,5 @@ def _row_from(members: list[nn.Module], start: int, x: Any) -> tuple[list[F.Unit
         plans.append(plan)
     if len(plans) < 2:
         return [], False
-    hand_on = state_of(members[start + len(plans) - 1]).hand_on
+    hand_on = state_of(members[start + len(plans) - 1]).hands_on()
     return [plan.unit_args() for plan in plans], plans[-1].wants_stats_of_result(hand_on)

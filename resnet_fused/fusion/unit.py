@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn.units import has_global_hooks
+from ..nn.units import has_global_hooks, has_hooks, is_transformed
 from . import classes
 from .adapters import AdapterPlan, adapter_of
 from .classes import original_class
 from .guards import Untraceable
-from .plan import Plan
+from .plan import Link, Plan
 from .trace import signature_of, trace
 
 __all__ = ["UnitState", "captured", "convert", "make_plan", "plan_for", "restore", "state_of"]
@@ -40,20 +42,36 @@ def make_plan(module: nn.Module, signature: tuple, leaves: Iterable[nn.Module] =
 class UnitState:
     """What a fused unit knows beside its parameters. Copies and pickles hold no plans: these are made anew.
 
-    Attributes:
-        hand_on: the unit's result is read by another fused unit, which wants its statistics.
+    Args:
+        link: how the unit's result gets to the fused unit that wants its statistics, if there is one.
     """
 
-    def __init__(self, hand_on: bool = False) -> None:
-        self.hand_on = hand_on
+    def __init__(self, link: Link | None = None) -> None:
+        self.link = link
+        self._owner: weakref.ref | None = None  # the module that the plans are of
         self._plans: dict[tuple, list[Plan | AdapterPlan | None]] = {}
         self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"hand_on": self.hand_on}
+        return {}  # the modules of a link may lie outside of what is pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__()
+
+    def __deepcopy__(self, memo: dict) -> UnitState:
+        whole = self.link is not None and id(self.link.parent) in memo
+        return UnitState(copy.deepcopy(self.link, memo) if whole else None)
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Whether no other module, as one that this is a shallow copy of, has made the plans."""
+        if self._owner is None:
+            self._owner = weakref.ref(module)
+        return self._owner() is module
+
+    def hands_on(self) -> bool:
+        """Whether the statistics of the unit's result are to be attached to it: another fused unit gets it, and
+        nothing on the way sees it."""
+        return self.link is not None and not any([has_hooks(module) for module in self.link.between])
 
     def plan(self, module: nn.Module, signature: tuple) -> Plan | AdapterPlan | None:
         """The plan for a call; None if the forward has to run as it was written."""
@@ -77,23 +95,20 @@ def captured() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
     )
 
 
 def plan_for(module: nn.Module, signature: tuple) -> Plan | AdapterPlan | None:
     """The plan of a fused unit for a call; None if the forward has to run as it was written."""
-    state = module.__dict__.get(_STATE)
-    if state is None:  # made by the class itself, as by slicing a Sequential
-        state = module.__dict__[_STATE] = UnitState()
-    plan = state.plan(module, signature)
+    plan = state_of(module).plan(module, signature)
     return plan if plan is not None and plan.fuses else None
 
 
 @classes.serves(classes.UNIT)
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if captured() or has_global_hooks():
+    # A replica of DataParallel lives for one call.
+    if captured() or has_global_hooks() or "_is_replica" in self.__dict__:
         return self._plain_forward(*args, **kwargs)
     try:
         signature, tensors = signature_of(args, kwargs)
@@ -102,7 +117,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     plan = plan_for(self, signature)
     if plan is None:
         return self._plain_forward(*args, **kwargs)
-    return plan.run(tensors, state_of(self).hand_on)
+    return plan.run(tensors, state_of(self).hands_on())
 
 
 def convert(module: nn.Module) -> None:
@@ -118,4 +133,9 @@ def restore(module: nn.Module) -> None:
 
 
 def state_of(module: nn.Module) -> UnitState:
-    return module.__dict__[_STATE]
+    state = module.__dict__.get(_STATE)
+    # None: made by the class itself, as by slicing a Sequential.
+    if state is None or not state.belongs_to(module):
+        state = module.__dict__[_STATE] = UnitState()
+        state.belongs_to(module)
+    return state

@@ -112,12 +112,13 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features
-        if self.fused:
+        fused = self.fused and x.dim() == 4 and not units.is_transformed()
+        if fused:
             x = x.contiguous(memory_format=torch.channels_last)
         x = features.conv0(x)
         if self.stem == "imagenet":
             x = reference.activation(features.norm0(x), self.negative_slope)
-            pool = fused_functions.max_pool2d if self.fused else F.max_pool2d
+            pool = fused_functions.max_pool2d if fused else F.max_pool2d
             x = pool(x, 3, stride=2, padding=1)
         x_stats = None
         for index in range(1, self.blocks + 1):
@@ -127,7 +128,7 @@ class DenseNet(nn.Module):
             if index < self.blocks:
                 x = after(x) if x_stats is None else after(x, x_stats)
         norm = getattr(features, self.last_norm)
-        if self.fused:
+        if fused:
             return self.classifier(units.pooled_norm_with_stats(norm, x, x_stats, self.negative_slope))
         x = reference.activation(norm(x), self.negative_slope)
         x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # its gradient keeps channels_last; mean()'s does not

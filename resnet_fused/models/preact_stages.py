@@ -86,7 +86,7 @@ class PreActStages(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused and x.dim() == 4 and not units.is_transformed():
             x = self._fused_stages(x)
         else:
             x = self.layer3(self.layer2(self.layer1(self.conv1(x))))

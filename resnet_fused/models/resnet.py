@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import functional as fused_functions
@@ -162,7 +162,9 @@ class ResNet(nn.Module):
         return reference.activation(x, self.negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        # fx traces this with a stand-in for x, which has no number of dimensions to ask for.
+        unbatched = not isinstance(x, fx.Proxy) and x.dim() != 4
+        if self.fused and not unbatched and not units.is_transformed():
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(x)
         if self.stem == "imagenet":

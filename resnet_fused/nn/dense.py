@@ -111,7 +111,7 @@ class DenseBlock(dense.DenseBlock):
     @staticmethod
     def _of_parts(features: list[Tensor], stats: list[Tensor | None]) -> Tensor | None:
         """The statistics of the concatenation; what is not known yet is computed and kept in ``stats``."""
-        if features[0].numel() == 0 or len({f.dtype for f in features}) > 1:
+        if features[0].dim() != 4 or features[0].numel() == 0 or len({f.dtype for f in features}) > 1:
             return None
         for index, (feature, known) in enumerate(zip(features, stats, strict=True)):
             if known is None:

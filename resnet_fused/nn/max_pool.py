@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops.arguments import pooling_pair
 from ..primitives.checks import MOST_POSITIONS
+from .units import is_transformed
 
 __all__ = ["MaxPool2d", "applies"]
 
@@ -33,9 +34,7 @@ def applies(pool: nn.MaxPool2d, x: Any) -> bool:
         return False
     if height * width > MOST_POSITIONS:
         return False
-    return torch.compiler.is_compiling() or not (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not is_transformed()
 
 
 class MaxPool2d(nn.MaxPool2d):

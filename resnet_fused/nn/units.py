@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnF
 from torch.nn.modules import module as torch_module
@@ -66,12 +67,23 @@ def plain_forward(module: nn.Module) -> Callable:
     return getattr(type(module), "_plain_forward", type(module).forward)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD transforms what runs: they have formulas for PyTorch's layers alone."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def is_fusable(module: nn.Module) -> bool:
-    """Whether ``module`` computes nothing but a 2-D batch norm, or a convolution padded with zeros."""
-    if not calls_forward_alone(module):
+    """Whether ``module``, called now, computes nothing but a 2-D batch norm, or a convolution padded with zeros, and
+    the operators may take its place."""
+    if not calls_forward_alone(module) or is_transformed():
         return False
     if isinstance(module, nn.BatchNorm2d):
-        return type(module).forward is _BatchNorm.forward
+        return (
+            type(module).forward is _BatchNorm.forward
+            and type(module)._check_input_dim is nn.BatchNorm2d._check_input_dim
+        )
     return (
         isinstance(module, nn.Conv2d)
         and plain_forward(module) is nn.Conv2d.forward
@@ -116,7 +128,7 @@ def batch_norm_args(bn: nn.BatchNorm2d, count: bool = True) -> F.BatchNormArgs:
             tracked.add_(1)
             if momentum is None:
                 # cumulative average: a tensor, so that nothing waits for the device or breaks a graph
-                momentum = 1.0 / tracked
+                momentum = 1.0 / tracked.double()
             tracked = None
     running = track or not training
     return F.BatchNormArgs(
@@ -186,7 +198,7 @@ def run_in_turn(
         The output, and its statistics: None if not asked for, or if the last module does not return any.
     """
     modules, hooked = list(modules), has_global_hooks()
-    if x.dim() == 4 and suggests_channels_last(x) and not hooked:
+    if x.dim() == 4 and not is_transformed() and suggests_channels_last(x) and not hooked:
         modules = _without_stages(modules)
     for last, step in _steps(modules, hooked):
         following = modules[last] if last < len(modules) else None
@@ -386,7 +398,7 @@ class PreActStage(StatsModule, reference.PreActStage):
         return first.first_norm() if isinstance(first, StatsModule) and not has_hooks(first) else None
 
     def forward(self, x: Tensor, x_stats: Tensor | None = None, return_stats: bool = False) -> UnitOutput:
-        if x.dim() == 4 and not suggests_channels_last(x):
+        if x.dim() == 4 and not is_transformed() and not suggests_channels_last(x):
             # Once for the stage, not once for each unit; the output's layout is that of the plain units.
             weights = [module.weight for module in self.modules() if isinstance(module, nn.Conv2d)]
             contiguous = not convolution_is_channels_last(x, *weights)
@@ -401,4 +413,6 @@ class ResidualAdd(reference.ResidualAdd):
     __doc__ = reference.ResidualAdd.__doc__
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+        if is_transformed():
+            return super().forward(x, y, gate)
         return F.residual_add(x, y, gate=gate, alpha=self.alpha, negative_slope=self.negative_slope)

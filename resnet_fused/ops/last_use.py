@@ -35,9 +35,11 @@ def is_now() -> bool:
 
 
 def _references(tensor: Tensor) -> tuple[int, ...]:
-    """To the Python object, to the tensor, to its storage's Python object, to the storage."""
+    """To the Python object, to the tensor, to its storage's Python object, to the storage; and one in the place of
+    other processes, which torch.multiprocessing has let read it."""
     storage = tensor.untyped_storage()
     return (
+        tensor.device.type == "cpu" and storage.is_shared(),  # of CUDA's memory it says so always
         getrefcount(tensor),
         tensor._use_count(),
         getrefcount(storage),

@@ -1,7 +1,10 @@
-"""Running statistics, updated outside the functional operators."""
+"""Running statistics, updated outside the functional operators.
+
+As in PyTorch's batch norm, the update is none that autograd counts: a plain norm of the same buffers may have saved
+them, which in training it never reads again.
+"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +18,6 @@ from .arguments import BatchNormArgs
 def _is_traced(t: Tensor) -> bool:
     """Whether something looks on that has to see the operators."""
     return torch.compiler.is_compiling() or type(t) is not Tensor or torch._C._len_torch_dispatch_stack() != 0
-
-
-def _count_changes(changed: list[Tensor]) -> None:
-    # Autograd must see that they changed: another node may have saved them.
-    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
 
 
 def update(
@@ -38,32 +36,22 @@ def update(
         with torch.no_grad():
             mean, m2 = stats.unbind(0)
             momentum = momentum.to(stats.dtype)
-            running_mean.copy_(torch.lerp(running_mean.to(stats.dtype), mean, momentum))
-            running_var.copy_(torch.lerp(running_var.to(stats.dtype), m2 / (count - 1), momentum))
+            for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+                updated = torch.lerp(running.to(stats.dtype), batch, momentum)
+                (running if _is_traced(running) else running.data).copy_(updated)
     elif _is_traced(running_mean):
         torch.ops.resnet_fused.update_running_stats.default(running_mean, running_var, stats, count, momentum)
     else:
         # The same without three trips through the dispatcher: deep nets have a thousand of these.
         primitives.update_running_stats(running_mean, running_var, stats, count, momentum)
-        _count_changes([running_mean, running_var])
 
 
-class Changes(NamedTuple):
-    """What the operators of whole units are given to update running statistics and to count the batch."""
-
-    momenta: list[float]  # of all norms
-    batches_tracked: list[Tensor]
-    changed: list[Tensor]
-
-    def count(self) -> None:
-        """To be called when it is done."""
-        if self.changed:
-            _count_changes(self.changed)
-
-
-def changes_of(norms: Sequence[BatchNormArgs], device: torch.device) -> Changes | None:
-    """Those of norms whose inputs are on device; None where update_of_unit has to make them."""
-    momenta, batches, changed = [], [], []
+def changes_of(
+    norms: Sequence[BatchNormArgs], device: torch.device
+) -> tuple[list[float], list[Tensor]] | None:
+    """What the operators of whole units are given to update the running statistics of norms, whose inputs are on
+    device: the momenta of all, and the counters of batches. None where update_of_unit has to do it."""
+    momenta, batches = [], []
     for norm in norms:
         momenta.append(norm.momentum)
         if not norm.training:
@@ -72,12 +60,11 @@ def changes_of(norms: Sequence[BatchNormArgs], device: torch.device) -> Changes 
         if mean is not None:
             if isinstance(norm.momentum, Tensor) or type(mean) is not Tensor:
                 return None
-            changed += mean, norm.running_var
         if tracked is not None:
             if type(tracked) is not Tensor or tracked.dtype is not torch.int64 or tracked.device != device:
                 return None
             batches.append(tracked)
-    return Changes(momenta, batches, changed + batches)
+    return momenta, batches
 
 
 def update_of_unit(norms: list[tuple[BatchNormArgs, Tensor, int]]) -> None:
@@ -106,4 +93,3 @@ def update_of_unit(norms: list[tuple[BatchNormArgs, Tensor, int]]) -> None:
             momenta.append(norm.momentum)
     if means or batches:
         update_running_stats_of_unit(means, variances, all_stats, counts, momenta, batches)
-        _count_changes([*means, *variances, *batches])

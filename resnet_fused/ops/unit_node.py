@@ -231,7 +231,7 @@ def run_in_one_node(
 
     running = means + [norm.running_var for norm in norms]
     changes = running_stats.changes_of(norms, x.device)
-    momenta, batches_tracked, _ = changes or ([], [], [])
+    momenta, batches_tracked = changes or ([], [])
 
     def run(want_raw: bool):
         try:
@@ -250,9 +250,7 @@ def run_in_one_node(
         out_stats, stats = others
     else:
         out, out_stats, _, stats, _ = run(False)
-    if changes is not None:
-        changes.count()
-    else:
+    if changes is None:
         given = [s if i > 0 or x_stats is None else x_stats for i, s in enumerate(stats)]
         updates = [row for row in zip(norms, given, plan.counts, strict=True) if row[0].training]
         running_stats.update_of_unit(updates)
