@@ -18,10 +18,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class OnDevice:
-    """The operators of the CUDA library, for CPU tensors: they go to the device, the results come back."""
+    """The operators of the CUDA library, for CPU tensors: they go to the device, the results come back.
+
+    The hardware has its own schedule and number of multiprocessors: what sets them does nothing, and tests that go
+    through several compare repeated runs.
+    """
 
     def __init__(self, operators, device: str):
         self._operators, self._device = operators, device
+
+    def set_schedule(self, order: int, late: bool) -> None:
+        pass
+
+    def set_multiprocessors(self, count: int) -> None:
+        pass
+
+    @staticmethod
+    def uses_halo(n: int, h: int, w: int, padding: int, forward: bool) -> bool:
+        """halo_fits of csrc/kernels/cuda/halo.h, for a 3x3 convolution with stride 1."""
+        rows, columns = (size + 2 * padding - 2 if forward else size for size in (h, w))
+        tiles = min(
+            -(-n // (128 // (high * wide))) * -(-rows // high) * -(-columns // wide)
+            for high, wide in ((8, 16), (16, 8), (8, 8))
+        )
+        return 3 * n * rows * columns >= 2 * 128 * tiles
 
     def __getattr__(self, name: str):
         if not hasattr(self._operators, name):

@@ -326,6 +326,14 @@ def halo_shapes(count):
             yield shape
 
 
+def test_which_convolutions_go_by_halo_tiles(cuda):
+    """On a device Python says it, as the library would."""
+    for case in itertools.product((1, 2, 3), range(1, 35), (1, 7, 8, 14, 17, 33), (0, 1, 2), (True, False)):
+        n, h, w, padding, forward = case
+        if min(h, w) + 2 * padding > 2:
+            assert OnDevice.uses_halo(*case) == cuda.uses_halo(*case), case
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_small_integers_are_exact_by_halo_tiles(cuda, dtype):
     for shape in HALO_SHAPES:
