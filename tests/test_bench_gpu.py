@@ -2,6 +2,7 @@
 with tiny nets."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -82,8 +83,8 @@ class TestCommand:
         assert main.main(["steps", "--force"]) == 0 and done[4:] == ["steps"]
         assert main.main(["--nets", "vgg"]) == 2 and "unknown net 'vgg'" in capsys.readouterr().err
 
-    def test_budgets_are_below_8_minutes(self):
-        assert sum(main.BUDGETS.values()) < 8 * 60
+    def test_budgets_are_below_9_minutes(self):
+        assert sum(main.BUDGETS.values()) < 9 * 60
 
 
 class TestNets:
@@ -273,19 +274,43 @@ class TestSanitizer:
         assert sanitizer.run(part, time.monotonic() + 10, told.append) == 0
         assert part.complete and told == ["sanitizer: skipped: not built"]
 
-    @pytest.mark.parametrize(("found", "wrong"), [(0, 0), (2, 3)])
-    def test_runs_every_tool(self, tmp_path, monkeypatch, found, wrong):
-        """With a stand-in that prints what the tool prints, in front of a real run of tests."""
-        program = tmp_path / "compute-sanitizer"
-        program.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {found} errors'\nshift 4\nexec \"$@\"\n")
-        program.chmod(0o755)
-        monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
-        monkeypatch.setattr(sanitizer, "find", lambda: str(program))
+    #: In front of a real run of pytest: prints what the tool prints.
+    STAND_IN = "#!/bin/sh\necho '========= ERROR SUMMARY: {} errors'\n{}\nshift 4\nexec \"$@\"\n"
+    SWEEPS = {"sweep 1": "one", "sweep 2": "two"}
+    NAMES = [" ".join(pair) for pair in itertools.product(sanitizer.TOOLS, SWEEPS)]
+
+    @pytest.fixture
+    def stand_in(self, tmp_path, monkeypatch):
+        def write(errors, before=""):
+            program = tmp_path / "compute-sanitizer"
+            program.write_text(self.STAND_IN.format(errors, before))
+            program.chmod(0o755)
+            monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+            monkeypatch.setattr(sanitizer, "find", lambda: str(program))
+
+        return write
+
+    @pytest.mark.parametrize(("found", "wrong"), [(0, 0), (2, 6)])
+    def test_runs_every_tool(self, tmp_path, stand_in, found, wrong):
+        # memcheck sees single tensors only where PyTorch does not cut them out of larger blocks.
+        stand_in(found, 'test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 || exit 3')
         part, told = results.Part("sanitizer", MACHINE, tmp_path), []
-        args = (part, time.monotonic() + 100, told.append, ("tests/test_layers.py",), "circle or floor or test")
+        tests = tmp_path / "test_two.py"
+        tests.write_text("def test_one(): pass\ndef test_two(): pass\n")
+        args = (part, time.monotonic() + 200, told.append, (str(tests),), self.SWEEPS)
         assert sanitizer.run(*args) == wrong
-        assert part.complete and [row["name"] for row in part.rows] == list(sanitizer.TOOLS), told
+        assert part.complete and [row["name"] for row in part.rows] == self.NAMES, told
         assert all(row["errors"] == found and row["tests_status"] == 0 for row in part.rows), part.rows
+
+    def test_goes_on_where_it_was_cut_off(self, tmp_path, stand_in):
+        part, told = results.Part("sanitizer", MACHINE, tmp_path), []
+        part.add({"name": self.NAMES[0], "errors": 0, "tests_status": 0})
+        # A tool that starts a process of its own, as compute-sanitizer does: neither outlives the deadline.
+        stand_in(0, f"sh -c 'sleep 61.75; touch {tmp_path}/late' & wait")
+        begin = time.monotonic()
+        assert sanitizer.run(part, begin + 1, told.append, (), self.SWEEPS) == 0
+        assert time.monotonic() - begin < 30 and not part.complete and len(part.rows) == 1
+        assert told == [f"sanitizer: out of time for {self.NAMES[1]}; run it again to go on"]
 
 
 class TestOnDevice:
@@ -298,8 +323,10 @@ class TestOnDevice:
         mean, var = torch.zeros(3), torch.ones(3)
         library.update_running_stats(mean, var, stats, 40, 1.0)
         assert torch.allclose(mean, stats[0])
-        with pytest.raises(pytest.skip.Exception, match="set_schedule is a control of the emulator"):
-            library.set_schedule(0, False)
+        library.set_schedule(1, True), library.set_multiprocessors(3)  # the hardware's own
+        assert library.uses_halo(2, 16, 16, 1, True) and not library.uses_halo(1, 4, 4, 1, True)
+        with pytest.raises(pytest.skip.Exception, match="launches is a control of the emulator"):
+            library.launches()
 
 
 @pytest.mark.usefixtures("one_thread")
