@@ -156,6 +156,10 @@ void set_schedule(int order, bool late) {
 
 int64_t launches() { return e.launches; }
 
+void allow_shared(size_t most, size_t asked) {
+  if (asked > most) throw std::runtime_error("emulator: more shared memory than the kernel was allowed");
+}
+
 void run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
   const std::lock_guard<std::recursive_mutex> lock(one_at_a_time);
   ++e.launches;

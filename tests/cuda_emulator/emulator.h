@@ -37,6 +37,8 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 
 // order 0: forwards, 1: backwards, else a random one. late: copies happen when they are waited for.
 void set_schedule(int order, bool late);
+// Raises where a launch asks for more shared memory than its kernel may have.
+void allow_shared(size_t most, size_t asked);
 void run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel);
 int64_t launches();  // so far
 

@@ -37,6 +37,7 @@ template <typename Tile> struct HaloTile {
 
 template <typename Tile, typename T> struct HaloProduct : TileOfBlock<Tile> {
   using Params = HaloProductParams;
+  using Layout = HaloTile<Tile>;
   using Base = TileOfBlock<Tile>;
   using Base::column, Base::dest_row, Base::lane, Base::pipeline, Base::tid, Base::warp_column,
       Base::warp_row;

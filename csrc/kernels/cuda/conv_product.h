@@ -41,6 +41,7 @@ template <typename Tile> struct LineTile {
 
 template <typename Tile, typename T> struct ConvProduct : TileOfBlock<Tile> {
   using Params = ConvProductParams;
+  using Layout = LineTile<Tile>;
   using Base = TileOfBlock<Tile>;
   using Base::column, Base::dest_row, Base::lane, Base::pipeline, Base::tid, Base::warp_column,
       Base::warp_row;

@@ -93,11 +93,14 @@ struct ConvPlan {
   Tap tap[kMaxPhases * kMaxTaps];
 };
 
+// Scale and shift of all channels of the source are kept in shared memory.
+constexpr int64_t kMaxChannels = 4096;
+
 // What the tensor-core kernels take; everything else is declined to the unfused path.
 inline bool conv_supported(const ConvGeometry& g) {
   const bool kernel = (g.r == 1 && g.s == 1) || (g.r == 3 && g.s == 3);
   const int64_t padded = g.n * (g.h + 2 * g.pad_h) * (g.w + 2 * g.pad_w);
-  return kernel && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c <= 4096 && g.k <= 4096 &&
+  return kernel && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c <= kMaxChannels && g.k <= kMaxChannels &&
          g.stride_h <= 2 && g.stride_w <= 2 && padded < (int64_t{1} << 31) - (1 << 24);
 }
 

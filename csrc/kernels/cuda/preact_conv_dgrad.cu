@@ -100,8 +100,8 @@ cudaError_t launch_dgrad(const PreactConvDgradParams& p, const typename Product:
       {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
       p.sums,
       p.centre};
-  return launch<dgrad_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
-                                                Tile::kThreads, shared, stream, params);
+  return launch<dgrad_kernel<T, Tile, Product>, Product::Layout::shared_bytes(0)>(
+      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads, shared, stream, params);
 }
 
 template <typename T, int kColumns>

@@ -127,8 +127,8 @@ cudaError_t launch_forward(const PreactConvForwardParams& p, typename Product::P
       {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
       p.stats,
       p.next};
-  return launch<forward_kernel<T, Tile, Product>>(dim3(static_cast<unsigned>(tiles * product.column_tiles)),
-                                                  Tile::kThreads, shared, stream, params);
+  return launch<forward_kernel<T, Tile, Product>, Product::Layout::shared_bytes(kMaxChannels)>(
+      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads, shared, stream, params);
 }
 
 template <typename T, int kColumns>

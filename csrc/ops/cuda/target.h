@@ -31,7 +31,7 @@ extern int emulated_multiprocessors;
 class Target {
  public:
   explicit Target(const torch::stable::Tensor&) {}
-  Stream stream() const { return {nullptr, emulated_multiprocessors}; }
+  Stream stream() const { return {nullptr, 0, emulated_multiprocessors}; }
 };
 
 #else
@@ -52,7 +52,7 @@ class Target {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     int multiprocessors = 0;
     check(cuda::multiprocessors(device_, &multiprocessors));
-    return {static_cast<cudaStream_t>(stream), multiprocessors};
+    return {static_cast<cudaStream_t>(stream), device_, multiprocessors};
   }
 
  private:
