@@ -18,19 +18,24 @@ struct HaloProductParams {
   Divisor last_chunks;  // of the last block of channels
   const float* bn;      // of the source; null: taken as it is
   float slope;
+  int32_t halos;           // one, or two in turn
+  int32_t pipeline_bytes;  // of shared memory, before the tables
 };
 
 template <typename Tile> struct HaloTile {
   static constexpr int kHaloBytes = kMaxPositions * kRowBytes;
-  static constexpr int kCopyBytes = Tile::kStages * Tile::kRightBytes + 2 * kHaloBytes + kChunkBytes;
-  static constexpr int kPipelineBytes = kCopyBytes > Tile::kEpilogueBytes ? kCopyBytes : Tile::kEpilogueBytes;
   static constexpr int kTableBytes = kTileRows * (8 + 4) + kMaxPositions * 8;
-  static_assert(kPipelineBytes % 16 == 0 && kTableBytes % 16 == 0);
+  static_assert(Tile::kRightBytes % 16 == 0 && Tile::kEpilogueBytes % 16 == 0 && kTableBytes % 16 == 0);
 
-  // Plus scale and shift.
-  static constexpr size_t shared_bytes(int64_t depth) {
-    return static_cast<size_t>(kPipelineBytes + kTableBytes + 2 * 4 * round_up(depth, 4));
+  static constexpr int pipeline_bytes(int halos) {
+    const int copies = Tile::kStages * Tile::kRightBytes + halos * kHaloBytes + kChunkBytes;
+    return copies > Tile::kEpilogueBytes ? copies : Tile::kEpilogueBytes;
   }
+  // Plus scale and shift.
+  static constexpr size_t shared_bytes(int pipeline_bytes, int64_t depth) {
+    return static_cast<size_t>(pipeline_bytes + kTableBytes + 2 * 4 * round_up(depth, 4));
+  }
+  static constexpr size_t max_shared_bytes(int64_t depth) { return shared_bytes(pipeline_bytes(2), depth); }
 };
 
 #if defined(__CUDACC__) || defined(RF_EMULATE)
@@ -45,7 +50,7 @@ template <typename Tile, typename T> struct HaloProduct : TileOfBlock<Tile> {
 
   const Params& p;
   const HaloTileOrigin origin;
-  char* const halos;          // two
+  char* const halos;          // p.halos
   char* const zeros;          // one chunk
   int64_t* const source_row;  // of a position
   int32_t* const row_position;
@@ -53,11 +58,11 @@ template <typename Tile, typename T> struct HaloProduct : TileOfBlock<Tile> {
 
   // Fills the tables; the block is in step afterwards.
   __device__ HaloProduct(const Params& params, char* shared, int tile, int column_)
-      : Base(shared, reinterpret_cast<int64_t*>(shared + HaloTile<Tile>::kPipelineBytes), column_),
+      : Base(shared, reinterpret_cast<int64_t*>(shared + params.pipeline_bytes), column_),
         p(params),
         origin(halo_tile(params.plan, tile)),
         halos(shared + Tile::kStages * Tile::kRightBytes),
-        zeros(halos + 2 * HaloTile<Tile>::kHaloBytes),
+        zeros(halos + params.halos * HaloTile<Tile>::kHaloBytes),
         source_row(dest_row + kTileRows),
         row_position(reinterpret_cast<int32_t*>(source_row + kMaxPositions)),
         scale(reinterpret_cast<float*>(row_position + kTileRows)) {
@@ -214,17 +219,20 @@ template <typename Tile, typename T> struct HaloProduct : TileOfBlock<Tile> {
 
 #endif
 
-inline HaloProductParams halo_params(const HaloPlan& plan, const void* source, const void* weight,
-                                     int64_t depth, int64_t columns, int chunk, int tile_columns) {
+template <typename Tile>
+HaloProductParams halo_params(const HaloPlan& plan, const void* source, const void* weight, int64_t depth,
+                              int64_t columns, int chunk) {
   HaloProductParams p{};
   p.plan = plan;
   p.source = source;
   p.weight = weight;
   p.depth = static_cast<int32_t>(depth);
   p.columns = static_cast<int32_t>(columns);
-  p.column_tiles = static_cast<int32_t>(divide_up(columns, tile_columns));
+  p.column_tiles = static_cast<int32_t>(divide_up(columns, Tile::kColumns));
   p.depth_chunks = static_cast<int32_t>(depth / chunk);
   p.last_chunks = make_divisor(static_cast<uint32_t>((p.depth_chunks - 1) % kChunksPerRow + 1));
+  p.halos = p.depth_chunks > kChunksPerRow ? 2 : 1;
+  p.pipeline_bytes = HaloTile<Tile>::pipeline_bytes(p.halos);
   return p;
 }
 

@@ -22,18 +22,25 @@ struct ConvProductParams {
   Divisor depth_chunks;  // depth in chunks
   const float* bn;       // of the source; null: taken as it is
   float slope;
+  int32_t pipeline_bytes;  // of shared memory, before the tables
 };
 
+// Shared memory: what would never be touched is not taken, for more blocks to a multiprocessor.
 template <typename Tile> struct LineTile {
-  static constexpr int kPipelineBytes = Tile::kStages * Tile::kStageBytes > Tile::kEpilogueBytes
-                                            ? Tile::kStages * Tile::kStageBytes
-                                            : Tile::kEpilogueBytes;
   static constexpr int kTableBytes = kTileRows * (8 + 8 + 4);
-  static_assert(kPipelineBytes % 16 == 0 && kTableBytes % 16 == 0);
+  static_assert(Tile::kStageBytes % 16 == 0 && Tile::kEpilogueBytes % 16 == 0 && kTableBytes % 16 == 0);
 
+  // Of a reduction of so many steps.
+  static constexpr int pipeline_bytes(int64_t steps) {
+    const int stages = static_cast<int>(steps < Tile::kStages ? steps : Tile::kStages) * Tile::kStageBytes;
+    return stages > Tile::kEpilogueBytes ? stages : Tile::kEpilogueBytes;
+  }
   // Plus scale and shift.
-  static constexpr size_t shared_bytes(int64_t depth) {
-    return static_cast<size_t>(kPipelineBytes + kTableBytes + 2 * 4 * round_up(depth, 4));
+  static constexpr size_t shared_bytes(int pipeline_bytes, int64_t depth) {
+    return static_cast<size_t>(pipeline_bytes + kTableBytes + 2 * 4 * round_up(depth, 4));
+  }
+  static constexpr size_t max_shared_bytes(int64_t depth) {
+    return shared_bytes(pipeline_bytes(Tile::kStages), depth);
   }
 };
 
@@ -59,7 +66,7 @@ template <typename Tile, typename T> struct ConvProduct : TileOfBlock<Tile> {
 
   // Fills the tables; the block is in step afterwards.
   __device__ ConvProduct(const Params& params, char* shared, int tile_, int column_)
-      : Base(shared, reinterpret_cast<int64_t*>(shared + LineTile<Tile>::kPipelineBytes), column_),
+      : Base(shared, reinterpret_cast<int64_t*>(shared + params.pipeline_bytes), column_),
         p(params),
         tile(tile_),
         phase(params.plan.phase[phase_of_tile(params.plan, tile_)]),
@@ -171,6 +178,7 @@ template <typename Tile, typename T> struct ConvProduct : TileOfBlock<Tile> {
     const char* const b_tile = a_tile + Tile::kLeftBytes;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      if (step * kChunksPerRow + 2 * k >= total) break;
       uint32_t a[2][4];
       load_left<T>(a[0], a_tile, warp_row, k, lane);
       load_left<T>(a[1], a_tile, warp_row + 16, k, lane);
@@ -226,16 +234,20 @@ template <typename Tile, typename T> struct ConvProduct : TileOfBlock<Tile> {
 
 #endif
 
-inline ConvProductParams product_params(const ConvPlan& plan, const void* source, const void* weight,
-                                        int64_t depth, int64_t columns, int chunk, int tile_columns) {
+template <typename Tile>
+ConvProductParams product_params(const ConvPlan& plan, const void* source, const void* weight, int64_t depth,
+                                 int64_t columns, int chunk) {
   ConvProductParams p{};
   p.plan = plan;
   p.source = source;
   p.weight = weight;
   p.depth = static_cast<int32_t>(depth);
   p.columns = static_cast<int32_t>(columns);
-  p.column_tiles = static_cast<int32_t>(divide_up(columns, tile_columns));
+  p.column_tiles = static_cast<int32_t>(divide_up(columns, Tile::kColumns));
   p.depth_chunks = make_divisor(static_cast<uint32_t>(depth / chunk));
+  int taps = 0;
+  for (int i = 0; i < plan.phases; ++i) taps = plan.phase[i].taps > taps ? plan.phase[i].taps : taps;
+  p.pipeline_bytes = LineTile<Tile>::pipeline_bytes(divide_up(taps * (depth / chunk), kChunksPerRow));
   return p;
 }
 

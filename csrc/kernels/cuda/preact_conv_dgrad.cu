@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <typename T, typename Tile, typename Product>
 cudaError_t launch_dgrad(const PreactConvDgradParams& p, const typename Product::Params& product,
-                         int64_t tiles, size_t shared, Stream stream) {
+                         int64_t tiles, Stream stream) {
   const DgradParams<typename Product::Params> params{
       product,
       p.x,
@@ -100,8 +100,10 @@ cudaError_t launch_dgrad(const PreactConvDgradParams& p, const typename Product:
       {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
       p.sums,
       p.centre};
-  return launch<dgrad_kernel<T, Tile, Product>, Product::Layout::shared_bytes(0)>(
-      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads, shared, stream, params);
+  using Layout = typename Product::Layout;
+  return launch<dgrad_kernel<T, Tile, Product>, Layout::max_shared_bytes(0)>(
+      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads,
+      Layout::shared_bytes(product.pipeline_bytes, 0), stream, params);
 }
 
 template <typename T, int kColumns>
@@ -111,13 +113,11 @@ cudaError_t dgrad(const PreactConvDgradParams& p, bool halo, Stream stream) {
   if (halo) {
     const HaloPlan plan = halo_plan(g, false);
     return launch_dgrad<T, Tile, HaloProduct<Tile, T>>(
-        p, halo_params(plan, p.dy, p.weight, g.k, g.c, kChunk<T>, kColumns), plan.tiles,
-        HaloTile<Tile>::shared_bytes(0), stream);
+        p, halo_params<Tile>(plan, p.dy, p.weight, g.k, g.c, kChunk<T>), plan.tiles, stream);
   }
   const ConvPlan plan = plan_dgrad(g);
   return launch_dgrad<T, Tile, ConvProduct<Tile, T>>(
-      p, product_params(plan, p.dy, p.weight, g.k, g.c, kChunk<T>, kColumns), plan.tiles,
-      LineTile<Tile>::shared_bytes(0), stream);
+      p, product_params<Tile>(plan, p.dy, p.weight, g.k, g.c, kChunk<T>), plan.tiles, stream);
 }
 
 }  // namespace

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <typename T, typename Tile, typename Product>
 cudaError_t launch_forward(const PreactConvForwardParams& p, typename Product::Params product, int64_t tiles,
-                           size_t shared, float* counts, Stream stream) {
+                           float* counts, Stream stream) {
   product.bn = p.bn;
   product.slope = p.slope;
   const ForwardParams<typename Product::Params> params{
@@ -127,8 +127,10 @@ cudaError_t launch_forward(const PreactConvForwardParams& p, typename Product::P
       {merge_segments(tiles), tiles <= tree_groups ? p.counters : nullptr},
       p.stats,
       p.next};
-  return launch<forward_kernel<T, Tile, Product>, Product::Layout::shared_bytes(kMaxChannels)>(
-      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads, shared, stream, params);
+  using Layout = typename Product::Layout;
+  return launch<forward_kernel<T, Tile, Product>, Layout::max_shared_bytes(kMaxChannels)>(
+      dim3(static_cast<unsigned>(tiles * product.column_tiles)), Tile::kThreads,
+      Layout::shared_bytes(product.pipeline_bytes, product.depth), stream, params);
 }
 
 template <typename T, int kColumns>
@@ -138,13 +140,11 @@ cudaError_t forward(const PreactConvForwardParams& p, bool halo, float* counts, 
   if (halo) {
     const HaloPlan plan = halo_plan(g, true);
     return launch_forward<T, Tile, HaloProduct<Tile, T>>(
-        p, halo_params(plan, p.x, p.weight, g.c, g.k, kChunk<T>, kColumns), plan.tiles,
-        HaloTile<Tile>::shared_bytes(g.c), counts, stream);
+        p, halo_params<Tile>(plan, p.x, p.weight, g.c, g.k, kChunk<T>), plan.tiles, counts, stream);
   }
   const ConvPlan plan = plan_forward(g);
   return launch_forward<T, Tile, ConvProduct<Tile, T>>(
-      p, product_params(plan, p.x, p.weight, g.c, g.k, kChunk<T>, kColumns), plan.tiles,
-      LineTile<Tile>::shared_bytes(g.c), nullptr, stream);
+      p, product_params<Tile>(plan, p.x, p.weight, g.c, g.k, kChunk<T>), plan.tiles, nullptr, stream);
 }
 
 }  // namespace
