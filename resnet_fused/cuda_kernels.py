@@ -24,6 +24,12 @@ _MAX_COMBINED = 64
 _BYTES_PER_SECOND = 4.3e12
 _FLOPS_PER_SECOND = {2: 7.9e14, 4: 3.9e14}
 _OURS, _LIBRARY = 0.35, 0.7
+# Our weight gradient's tile of 64 x 64 does 32 flops (float32: 16) for each byte that comes from L2, of which a
+# multiprocessor's share allows about 0.23 of the matrix rate.
+_OUR_WGRAD = 0.2
+# A launch and the gap before the kernel that waits for it on the same stream: typically a few microseconds;
+# unmeasured here. Counted for the elementwise passes and merges that only the unfused path has.
+_LAUNCH_SECONDS = 2.5e-6
 
 
 def unavailable() -> str | None:
@@ -82,8 +88,10 @@ def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
     """Whether a fused convolution should beat the unfused path at this shape, by a model: nothing is measured.
 
     The unfused path writes and reads a normalised copy of x (in the input gradient, one more gradient of x)
-    but multiplies at the library's rate. Where a convolution is bound by memory, which most of a CIFAR net's
-    and the 1x1 ones of others are, fusing should win; where it is bound by arithmetic, the library.
+    by launches of their own, but multiplies at the library's rate. Where a convolution is bound by memory, which
+    most of a CIFAR net's and the 1x1 ones of others are, or takes little longer than a launch, fusing should win;
+    where it is bound by arithmetic, the library. A unit whose convolutions all go one way is one call
+    (ops/whole_unit.py); differences below a launch would divide small ones for nothing.
     """
     n, c, h, w = geometry.input
     k, _, r, s = geometry.weight
@@ -93,18 +101,23 @@ def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
     flops = 2.0 * n * p * q * k * c * r * s
     x, y = float(n * c * h * w * size), float(n * k * p * q * size)
     rate = _FLOPS_PER_SECOND[size]
-    # Bytes that our kernel moves, that the library's convolutions move, and the elementwise passes beside these.
-    ours, library, elementwise = {
-        "preact_conv_dgrad": (2 * x + y, x + y, 3 * x),
-        "preact_conv_backward_1x1": (2 * x + y, 2 * (x + y), 5 * x),
-    }.get(primitive, (x + y, x + y, 2 * x))
+    # Bytes that our kernel moves, that the library's convolutions move, and the elementwise passes beside these;
+    # launches of the latter (forward: activation, statistics and their merge).
+    ours, library, elementwise, launches = {
+        "preact_conv_forward": (x + y, x + y, 2 * x, 3),
+        "preact_conv_dgrad": (2 * x + y, x + y, 3 * x, 2),
+        "preact_conv_wgrad": (x + y, x + y, 2 * x, 1),
+        "preact_conv_backward_1x1": (2 * x + y, 2 * (x + y), 5 * x, 3),
+    }[primitive]
+    our_share = _OUR_WGRAD if primitive == "preact_conv_wgrad" else _OURS
     if primitive == "preact_conv_backward_1x1":
         flops *= 2
 
-    def seconds(moved, part):
-        return max(moved / _BYTES_PER_SECOND, flops / (rate * part))
+    def seconds(moved, share):
+        return max(moved / _BYTES_PER_SECOND, flops / (rate * share))
 
-    return seconds(ours, _OURS) <= seconds(library, _LIBRARY) + elementwise / _BYTES_PER_SECOND
+    beside = elementwise / _BYTES_PER_SECOND + launches * _LAUNCH_SECONDS
+    return seconds(ours, our_share) <= seconds(library, _LIBRARY) + beside
 
 
 def implementation(primitive: str, unfused: Callable | None = None) -> Callable | None:

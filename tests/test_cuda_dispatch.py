@@ -1,12 +1,14 @@
 """When the CUDA kernels are chosen, and why not. The tensors need not exist: choosing is pure."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import resnet_fused as rf
 from resnet_fused import cuda_kernels, triton_kernels
+from resnet_fused.ops.whole_unit import UnitShapes, _Choices
 from resnet_fused.primitives import dispatch
 from resnet_fused.primitives.dispatch import ConvGeometry
 
@@ -63,6 +65,56 @@ def test_what_is_declined_goes_the_unfused_way(library, dtype, change, reason):
             choice = dispatch.choose("preact_conv_forward", "cuda", dtype, geometry)
         assert choice.backend == "unfused"
         assert re.search(reason, choice.reason)
+
+
+def units_of(name, batch, size):
+    """(input's shape, UnitShapes) of every unit of a net."""
+    for _, unit in rf.models.create_model(name).residual_units():
+        convolutions = [m for n, m in unit.named_children() if isinstance(m, torch.nn.Conv2d) and n != "shortcut"]
+        lists = (
+            [n for m in convolutions for n in pairs(m)]
+            for pairs in (lambda m: m.stride, lambda m: m.padding, lambda m: m.dilation)
+        )
+        shape = (batch, convolutions[0].in_channels, size, size)
+        projection = unit.shortcut
+        yield (
+            shape,
+            UnitShapes(
+                [m.weight.shape for m in convolutions], [None if projection is None else projection.weight.shape],
+                *lists, [1] * len(convolutions), (1, 1) if projection is None else projection.stride,
+                [len(convolutions)],
+            ),
+        )  # fmt: skip
+        for m in convolutions:
+            size = (size + 2 * m.padding[0] - m.kernel_size[0]) // m.stride[0] + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["preact_resnet164_cifar", "preact_resnet1001_cifar"])
+def test_units_of_small_convolutions_are_of_one_backend(library, name, dtype):
+    """Or none of them would be one call: their convolutions take less time than a launch."""
+    for shape, units in set_of(units_of(name, 128, 32)):
+        for both_ways in (False, True):
+            x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape)
+            choices = _Choices(x, units)
+            choices.small("channel_stats", "finalize_forward", "finalize_backward", "preact_apply")
+            for geometry in filter(None, (*choices.convolutions, *choices.shortcuts)):
+                choices.backward(geometry, True, True) if both_ways else choices.forward(geometry)
+            assert choices.backends == {"cuda"}, (shape, units)
+
+
+def set_of(units):
+    return {str(unit): unit for unit in units}.values()
+
+
+@pytest.mark.parametrize(("name", "batch", "size"), [("wrn28_10_cifar", 128, 32), ("preact_resnet50", 256, 56)])
+def test_large_3x3_convolutions_are_the_librarys(library, name, batch, size):
+    for shape, units in set_of(units_of(name, batch, size)):
+        x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=shape)
+        for geometry in _Choices(x, units).convolutions:
+            if geometry.weight[2] == 3 and geometry.stride == (1, 1):
+                for primitive in CONVOLUTIONS:
+                    assert dispatch.choose(primitive, "cuda", torch.bfloat16, geometry).backend == "unfused"
 
 
 def test_then_triton_then_unfused(library, monkeypatch, tmp_path):
