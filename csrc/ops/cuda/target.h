@@ -24,6 +24,7 @@ namespace cuda {
 
 constexpr const char* kDevice = "the CPU";
 inline bool on_device(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
+inline bool on_target(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
 inline void check(cudaError_t) {}
 
 extern int emulated_multiprocessors;
@@ -59,6 +60,11 @@ class Target {
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// Whether a tensor is on the device of the Target that lives.
+inline bool on_target(const torch::stable::Tensor& tensor) {
+  return tensor.is_cuda() && tensor.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex();
+}
 
 #endif
 

@@ -47,6 +47,13 @@ void check_device(const Tensor& tensor, const char* name) {
   RF_CHECK(on_device(tensor), "expected ", name, " to be on ", kDevice);
 }
 
+// Where a Target lives: of a tensor that the kernels read or write beside the one that the Target is of.
+void check_same_device(const Tensor& tensor, const char* name) {
+  check_device(tensor, name);
+  RF_CHECK(on_target(tensor), "Expected all tensors to be on the same device, but found ", name,
+           " on another device, cuda:", tensor.get_device_index());
+}
+
 Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, DType dtype,
                      [[maybe_unused]] const Tensor& like) {
 #ifdef RF_EMULATE
@@ -103,7 +110,7 @@ Tensor aligned(const Tensor& tensor) {
 }
 
 Tensor check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  check_device(tensor, name);
+  check_same_device(tensor, name);
   RF_CHECK(has_dtype(tensor, DType::float32), "expected ", name, " to have dtype float32, but got ",
            name_of(tensor));
   const auto sizes = tensor.sizes();
@@ -121,7 +128,7 @@ int64_t check_columns(const Tensor& matrix, const char* name) {
 
 ParameterVector check_vector(const std::optional<Tensor>& tensor, const char* name, int64_t length) {
   if (!tensor) return {nullptr, 0, DType::float32};
-  check_device(*tensor, name);
+  check_same_device(*tensor, name);
   RF_CHECK(tensor->dim() == 1 && tensor->size(0) == length, name, " should contain ", length,
            " elements not ", tensor->numel());
   return {tensor->mutable_data_ptr(), tensor->stride(0), check_dtype(*tensor, name)};
@@ -157,7 +164,7 @@ Tensor partial_for(const Activation& a, Stream stream) {
 }
 
 DType check_parameter_dtype(const Tensor& parameter, const char* name, DType activation) {
-  check_device(parameter, name);
+  check_same_device(parameter, name);
   if (has_dtype(parameter, activation)) return activation;
   RF_CHECK(has_dtype(parameter, DType::float32), "expected ", name, " to have dtype ", dtype_name(activation),
            activation == DType::float32 ? "" : " or float32", ", but got ", name_of(parameter));
