@@ -202,3 +202,22 @@ def test_running_statistics_of_many_norms(cuda):
     for n, a, s in zip(norms, again, stats, strict=True):
         cuda.update_running_stats(a.running_mean, a.running_var, s, 9, 0.1)
         assert torch.equal(n.running_mean, a.running_mean) and torch.equal(n.running_var, a.running_var)
+
+
+def test_running_statistics_of_one_norm_several_times(cuda):
+    """As one after the other: blocks of one launch run side by side, so no launch has a norm or a counter twice."""
+    mean, var, other = torch.rand(9), torch.rand(9), torch.rand(9)
+    batches = torch.tensor(5)
+    again = BatchNormArgs(None, None, mean, var, True, 0.1, 1e-5, batches)
+    crossed = BatchNormArgs(None, None, other, mean, True, 0.3, 1e-5, torch.tensor(0))
+    norms = [again, again._replace(momentum=0.2), crossed, again]
+    stats = [torch.rand(2, 9) for _ in norms]
+    expected = mean.clone(), var.clone(), other.clone()
+    count, _ = launches_of(
+        cuda, lambda: running_stats.update_of_unit([(n, s, 9) for n, s in zip(norms, stats, strict=True)])
+    )
+    for norm, s, vectors in zip(norms, stats, ((0, 1), (0, 1), (2, 0), (0, 1)), strict=True):
+        cuda.update_running_stats(*(expected[i] for i in vectors), s, 9, norm.momentum)
+    assert all(map(torch.equal, (mean, var, other), expected))
+    assert batches.item() == 8 and crossed.num_batches_tracked.item() == 1
+    assert count == 4

@@ -1,4 +1,6 @@
 // The per-channel steps between the passes, one launch each.
+#include <algorithm>
+
 #include "primitives.h"
 
 namespace resnet_fused {
@@ -81,7 +83,23 @@ Tensor finalize_backward_op(const Tensor& sums, const Tensor& bn, int64_t count,
 
 }  // namespace
 
-// update_running_stats of several BatchNorms, and one more batch for each counter; a launch for every kUnitNorms.
+namespace {
+
+// Whether a launch changes what another BatchNorm's update changes too: side by side one of the two would be lost.
+bool changes(const UpdateUnitParams& launch, const UpdateRunningStatsParams& norm) {
+  for (int i = 0; i < launch.norms; ++i)
+    for (const void* there : {launch.norm[i].running_mean.data, launch.norm[i].running_var.data})
+      if (there == norm.running_mean.data || there == norm.running_var.data) return true;
+  return false;
+}
+bool changes(const UpdateUnitParams& launch, const int64_t* counter) {
+  return std::find(launch.counter, launch.counter + launch.counters, counter) != launch.counter + launch.counters;
+}
+
+}  // namespace
+
+// update_running_stats of several BatchNorms, and one more batch for each counter, in order; a launch for every
+// kUnitNorms, or for fewer where one occurs twice.
 void update_running_stats_of(const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
                              const std::vector<Tensor>& stats, const std::vector<int64_t>& counts,
                              const std::vector<double>& momenta, const std::vector<Tensor>& batches_tracked) {
@@ -103,15 +121,18 @@ void update_running_stats_of(const std::vector<Tensor>& running_means, const std
                      check_vector(running_vars[i], "running_var", channels), momenta[i]});
   }
   for (const Tensor& batches : batches_tracked)
-    RF_CHECK(on_device(batches) && batches.scalar_type() == torch::headeronly::ScalarType::Long &&
+    RF_CHECK(on_target(batches) && batches.scalar_type() == torch::headeronly::ScalarType::Long &&
                  batches.numel() == 1,
              "expected num_batches_tracked to be one int64 on ", kDevice);
-  for (size_t first = 0; first < norms.size() || first < counters; first += kUnitNorms) {
+  for (size_t norm = 0, counter = 0; norm < norms.size() || counter < counters;) {
     UpdateUnitParams params{};
-    for (size_t i = first; i < norms.size() && i < first + kUnitNorms; ++i)
-      params.norm[params.norms++] = norms[i];
-    for (size_t i = first; i < counters && i < first + kUnitNorms; ++i)
-      params.counter[params.counters++] = static_cast<int64_t*>(batches_tracked[i].mutable_data_ptr());
+    while (norm < norms.size() && params.norms < kUnitNorms && !changes(params, norms[norm]))
+      params.norm[params.norms++] = norms[norm++];
+    for (; counter < counters && params.counters < kUnitNorms; ++counter) {
+      int64_t* const count = static_cast<int64_t*>(batches_tracked[counter].mutable_data_ptr());
+      if (changes(params, count)) break;
+      params.counter[params.counters++] = count;
+    }
     check(update_running_stats_of_unit(params, target.stream()));
   }
 }
