@@ -365,6 +365,11 @@ def test_many_tiles_are_merged_in_two_steps(cuda, shape):
         check_sums(sums, dz, case.x, case.bn)
 
 
+def test_more_groups_than_a_grid_is_high(cuda):
+    groups = 65536 * 128 + 1  # by blocks of 128 of them, of which 65535 fit into the second dimension
+    assert cuda.merge_ones(groups) == groups
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_padding_comes_after_the_activation_and_nan_stays(cuda, dtype):
     shape = Shape(1, 16, 5, 6, 16, 3, 1, 1)

@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   float (*const cell)[kLanes][kColumns] =
       reinterpret_cast<float (*)[kLanes][kColumns]>(shared);  // [n, mean, m2]
   const int lane = threadIdx.x / kColumns, in_tile = threadIdx.x % kColumns;
-  const int64_t column = int64_t{blockIdx.x} * kColumns + in_tile;
-  const Piece groups = piece_of(blockIdx.y, p.groups_per_block, p.groups);
+  const int64_t column = int64_t{blockIdx.y} * kColumns + in_tile;
+  const Piece groups = piece_of(blockIdx.x, p.groups_per_block, p.groups);
   float n = 0.0f, mean = 0.0f, m2 = 0.0f;
   if (column < p.columns)
     for (int64_t i = lane; i < groups.count; i += kLanes) {
@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   if (lane == 0 && column < p.columns) {
     for (int i = 1; i < kLanes; ++i)
       merge_moments(n, mean, m2, cell[0][i][in_tile], cell[1][i][in_tile], cell[2][i][in_tile]);
-    float* const out = p.out + int64_t{blockIdx.y} * 2 * p.columns + column;
+    float* const out = p.out + int64_t{blockIdx.x} * 2 * p.columns + column;
     out[0] = mean;
     out[p.columns] = m2;
-    if (p.counts_out && column == 0) p.counts_out[blockIdx.y] = n;
+    if (p.counts_out && column == 0) p.counts_out[blockIdx.x] = n;
     if (p.next.bn) finalize_forward_channel(p.next, column, true, mean, m2);
   }
 }
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __gr
   RF_SHARED_MEMORY(shared);
   float (*const cell)[kColumns] = reinterpret_cast<float (*)[kColumns]>(shared);
   const int lane = threadIdx.x / kColumns, in_tile = threadIdx.x % kColumns;
-  const int64_t column = int64_t{blockIdx.x} * kColumns + in_tile;
-  const Piece groups = piece_of(blockIdx.y, p.groups_per_block, p.groups);
+  const int64_t column = int64_t{blockIdx.y} * kColumns + in_tile;
+  const Piece groups = piece_of(blockIdx.x, p.groups_per_block, p.groups);
   float total = 0.0f;
   if (column < p.columns)
     for (int64_t i = lane; i < groups.count; i += kLanes)
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __gr
   __syncthreads();
   if (lane == 0 && column < p.columns) {
     for (int i = 1; i < kLanes; ++i) total += cell[i][in_tile];
-    p.out[int64_t{blockIdx.y} * p.columns + column] = total;
+    p.out[int64_t{blockIdx.x} * p.columns + column] = total;
     if (p.centre.coefficients) {
       const int which = column >= p.centre.channels;
       finalize_backward_channel(p.centre, column - which * p.centre.channels, which, total);
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   merge_weight_block(p, blockIdx.x, shared);
 }
 
-// In one step, or in two with the results of the first behind the partial results.
+// In one step, or in two with the results of the first behind the partial results. Blocks of groups, of which there
+// can be more than the 65535 of a grid's second dimension, are its first.
 template <auto kernel>
 cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_group, int cells,
                   Stream stream) {
@@ -97,7 +98,7 @@ cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_
     p.groups_per_block = kGroupsPerBlock;
     if (p.counts) p.counts_out = const_cast<float*>(p.counts) + p.groups;
     const cudaError_t error =
-        launch<kernel>(dim3(tiles, static_cast<unsigned>(blocks)), kColumns * kLanes, shared, stream, p);
+        launch<kernel>(dim3(static_cast<unsigned>(blocks), tiles), kColumns * kLanes, shared, stream, p);
     if (error != cudaSuccess) return error;
     p.partial = p.out;
     p.groups = blocks;
@@ -108,7 +109,7 @@ cudaError_t merge(MergeParams p, float* partial, float* out, int64_t floats_per_
   p.out = out;
   p.groups_per_block = p.groups;
   p.next = next, p.centre = centre;
-  return launch<kernel>(dim3(tiles), kColumns * kLanes, shared, stream, p);
+  return launch<kernel>(dim3(1, tiles), kColumns * kLanes, shared, stream, p);
 }
 
 }  // namespace
