@@ -1,5 +1,6 @@
 """Which cases the CUDA C++ kernels take, and their operators. They are in torch.ops.resnet_fused_cuda."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ _CONVOLUTIONS = (
 _MAX_CHANNELS = 4096
 #: Output channels of preact_conv_backward_1x1: its weight gradient stays in registers.
 _MAX_COMBINED = 64
+#: Compute capability: cp.async, and mma.sync of bfloat16.
+_OLDEST = (8, 0)
 
 # What `expected_faster` reckons with until there are measurements: memory and matrix rates of an H200 (a copy,
 # read and written, and a bf16 matrix product), and the part of the matrix rate that a convolution is assumed to
@@ -39,7 +42,51 @@ def unavailable() -> str | None:
         return extension.failures.get("cuda", built)
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None
+    return _too_old()
+
+
+@functools.cache
+def device_limits() -> tuple[tuple[int, int], int | None] | None:
+    """The least compute capability and shared memory for a block of the devices that torch sees: a choice of
+    backend is not told which one. None without a device; no shared memory where torch does not tell it."""
+    if not torch.cuda.is_available():
+        return None
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    shared = [getattr(device, "shared_memory_per_block_optin", None) for device in devices]
+    return min((device.major, device.minor) for device in devices), None if None in shared else min(shared)
+
+
+def _too_old() -> str | None:
+    limits = device_limits()
+    if limits is None or limits[0] >= _OLDEST:
+        return None
+    return "the cuda kernels need compute capability {}.{}, but a device has {}.{}".format(*_OLDEST, *limits[0])
+
+
+def shared_bytes(primitive: str, dtype: torch.dtype, geometry) -> int:
+    """Shared memory that a block of a convolution takes at most (csrc/kernels/cuda: conv_product.h, conv_halo.h)."""
+    size = dtype.itemsize
+    if primitive == "preact_conv_backward_1x1":
+        return 6 * 64 * 64 * size + 4 * (64 * 72 + 4 * 64)
+    if primitive == "preact_conv_wgrad":
+        return 3 * 2 * 64 * 128
+    k, c, r, s = geometry.weight
+    forward = primitive == "preact_conv_forward"
+    depth, columns = (c, k) if forward else (k, c)
+    width = 32 if columns <= 32 else 64 if columns <= 64 else 128
+    epilogue = 4 * (128 * (width + 8) + 2 * (32 if width == 32 else 16) * width + width)
+    # A step is 128 bytes of the reduction: of 128 pixels, and of the weights of all columns.
+    weights = 128 * width if forward else -(-width * size // 128) * 128 // size * 128
+    taps = r * s
+    if not forward and geometry.dilation == (1, 1):
+        taps = -(-r // geometry.stride[0]) * -(-s // geometry.stride[1])
+    chunks = depth * size // 16
+    stages = min(3, -(-taps * chunks // 8))
+    found = max(stages * (128 * 128 + weights), epilogue) + 128 * 20
+    if r == 3 and geometry.stride == geometry.dilation == (1, 1):  # by halo tiles of 200 pixels, perhaps
+        halos = 2 if chunks > 8 else 1
+        found = max(found, max(3 * weights + halos * 200 * 128 + 16, epilogue) + 128 * 12 + 200 * 8)
+    return found + (2 * 4 * depth if forward else 0)
 
 
 def tf32_allowed() -> bool:
@@ -57,6 +104,8 @@ def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
     """
     if dtype not in _DTYPES:
         return f"the cuda kernels do not take {dtype}"
+    if (why := _too_old()) is not None:
+        return why
     if geometry is None:
         return None
     if geometry.groups != 1:
@@ -79,6 +128,9 @@ def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
     pixels = n * (h + 2 * geometry.padding[0]) * (w + 2 * geometry.padding[1])
     if pixels >= 2**31 - 2**24:
         return f"the cuda kernels count pixels in 32 bits, but there are {pixels}"
+    limits = device_limits()
+    if limits is not None and limits[1] is not None and (needed := shared_bytes(primitive, dtype, geometry)) > limits[1]:
+        return f"a block needs {needed} bytes of shared memory, but a device has {limits[1]}"
     if dtype is torch.float32 and not tf32_allowed():
         return "the cuda kernels multiply float32 as TF32, which torch.backends.cudnn.conv.fp32_precision forbids"
     return None

@@ -117,6 +117,33 @@ def test_large_3x3_convolutions_are_the_librarys(library, name, batch, size):
                     assert dispatch.choose(primitive, "cuda", torch.bfloat16, geometry).backend == "unfused"
 
 
+@pytest.mark.parametrize("limits", [((7, 5), 65536), ((7, 0), None)], ids=str)
+def test_devices_that_are_too_old(library, monkeypatch, limits):
+    monkeypatch.setattr(cuda_kernels, "device_limits", lambda: limits)
+    for dtype in (torch.float32, torch.bfloat16):
+        for primitive, geometry in (("preact_conv_forward", NARROW), ("channel_stats", None)):
+            choice = dispatch.choose(primitive, "cuda", dtype, geometry)
+            assert choice.backend != "cuda" and "need compute capability 8.0" in choice.reason
+
+
+def test_devices_with_little_shared_memory(library, monkeypatch):
+    """99 KB for a block: sm_86, sm_89, sm_120."""
+    monkeypatch.setattr(cuda_kernels, "device_limits", lambda: ((8, 9), 101376))
+    wide = NARROW._replace(weight=(128, 64, 3, 3), padding=(1, 1))
+    with rf.use_backend("cuda"):
+        for dtype, primitive, geometry in (
+            (torch.bfloat16, "preact_conv_forward", wide._replace(input=(8, 128, 9, 9), weight=(128, 128, 3, 3))),
+            (torch.bfloat16, "preact_conv_dgrad", wide._replace(input=(8, 128, 9, 9), weight=(128, 128, 3, 3))),
+            (torch.bfloat16, "preact_conv_forward", NARROW._replace(input=(8, 512, 9, 9), weight=(128, 512, 1, 1))),
+            (torch.float32, "preact_conv_backward_1x1", NARROW),
+        ):
+            choice = dispatch.choose(primitive, "cuda", dtype, geometry)
+            assert choice.backend == "unfused" and "bytes of shared memory" in choice.reason
+        for primitive in (*CONVOLUTIONS, "preact_conv_backward_1x1"):
+            assert dispatch.choose(primitive, "cuda", torch.bfloat16, NARROW).backend == "cuda"
+        assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, wide).backend == "cuda"
+
+
 def test_then_triton_then_unfused(library, monkeypatch, tmp_path):
     """What the CUDA kernels decline, or are expected to be slower at, goes to the Triton kernels if these take it."""
     monkeypatch.setattr(dispatch, "_OWN", {"cuda": ("cuda", "triton")})

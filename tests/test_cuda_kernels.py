@@ -18,7 +18,9 @@ from cuda_emulation import ROOT, OnDevice, check_memory, library
 from primitive_cases import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, wide
 from tolerances import assert_trusted
 
+from resnet_fused import cuda_kernels
 from resnet_fused.primitives import reference
+from resnet_fused.primitives.dispatch import ConvGeometry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CL = torch.channels_last
@@ -565,6 +567,28 @@ def test_launches(cuda):
     assert launches(lambda: backward(*arguments)) == 3
     case.weight = case.weight.float()
     assert launches(lambda: case.forward(cuda.preact_conv_forward)) == 3  # and the rounding of the weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES, Shape(1, 200, 3, 3, 72), Shape(1, 48, 3, 3, 72, 3, 2, 1), Shape(1, 16, 5, 5, 8, 3, 2, 2, 2)],
+    ids=name_of,
+)
+def test_shared_memory(cuda, shape, dtype):
+    """What dispatch compares with the device's, so that nothing is launched that cannot be."""
+    case, g = Case(shape, dtype), shape.geometry
+    geometry = ConvGeometry(tuple(shape[:4]), tuple(case.weight.shape), *map(tuple, g[:3]), 1)
+    runs = {"forward": case.forward, "dgrad": case.dgrad, "wgrad": case.wgrad}
+    if shape.kernel == shape.stride == 1 and shape.k <= 64:
+        runs["backward_1x1"] = case.backward_1x1
+    for name, run in runs.items():
+        cuda.largest_shared()
+        run(getattr(cuda, f"preact_conv_{name}"))
+        found, expected = cuda.largest_shared(), cuda_kernels.shared_bytes(f"preact_conv_{name}", dtype, geometry)
+        by_halo = shape.kernel == 3 and shape.stride == shape.dilation == 1 and name in ("forward", "dgrad")
+        # Whether halo tiles fit depends on the images too; it says the larger one of both ways.
+        assert found <= expected if by_halo else found == expected, name
 
 
 def test_errors(cuda):

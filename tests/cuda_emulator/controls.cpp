@@ -1,5 +1,5 @@
 // torch.ops.resnet_fused_cuda_emulated.{set_schedule, set_multiprocessors, set_tree_groups, launches,
-// damaged_margins}
+// largest_shared, damaged_margins}
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -19,6 +19,7 @@ void set_schedule(int64_t order, bool late) { emulator::set_schedule(static_cast
 void set_multiprocessors(int64_t count) { emulated_multiprocessors = static_cast<int>(count); }
 void set_tree_groups(int64_t groups) { tree_groups = groups; }
 int64_t launches() { return emulator::launches(); }
+int64_t largest_shared() { return emulator::largest_shared(); }
 int64_t damaged_margins() { return emulator::damaged_margins(); }
 }  // namespace
 
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda_emulated, m) {
   m.def("set_multiprocessors(int count) -> ()");
   m.def("set_tree_groups(int groups) -> ()");
   m.def("launches() -> int");
+  m.def("largest_shared() -> int");
   m.def("damaged_margins() -> int");
 }
 
@@ -35,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda_emulated, CompositeExplicitAutograd,
   m.impl("set_multiprocessors", TORCH_BOX(&set_multiprocessors));
   m.impl("set_tree_groups", TORCH_BOX(&set_tree_groups));
   m.impl("launches", TORCH_BOX(&launches));
+  m.impl("largest_shared", TORCH_BOX(&largest_shared));
   m.impl("damaged_margins", TORCH_BOX(&damaged_margins));
 }
 

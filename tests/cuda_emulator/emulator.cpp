@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace resnet_fused {
@@ -56,6 +57,7 @@ struct Emulator {
   std::mt19937 random{1};
   std::string error;
   int64_t launches = 0;
+  size_t largest_shared = 0;
 } e;
 
 std::recursive_mutex one_at_a_time;
@@ -155,6 +157,7 @@ void set_schedule(int order, bool late) {
 }
 
 int64_t launches() { return e.launches; }
+int64_t largest_shared() { return static_cast<int64_t>(std::exchange(e.largest_shared, 0)); }
 
 void allow_shared(size_t most, size_t asked) {
   if (asked > most) throw std::runtime_error("emulator: more shared memory than the kernel was allowed");
@@ -163,6 +166,7 @@ void allow_shared(size_t most, size_t asked) {
 void run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
   const std::lock_guard<std::recursive_mutex> lock(one_at_a_time);
   ++e.launches;
+  e.largest_shared = std::max(e.largest_shared, shared);
   if (threads <= 0 || threads > 1024 || threads % kLanes != 0)
     throw std::runtime_error("emulator: block size");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)

@@ -40,7 +40,8 @@ void set_schedule(int order, bool late);
 // Raises where a launch asks for more shared memory than its kernel may have.
 void allow_shared(size_t most, size_t asked);
 void run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel);
-int64_t launches();  // so far
+int64_t launches();        // so far
+int64_t largest_shared();  // bytes that a launch has asked for since the last call
 
 char* shared_memory();
 void barrier();
