@@ -38,7 +38,7 @@ template <typename T> struct WgradTile {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constant__ WgradParams p) {
+__global__ void __launch_bounds__(kThreads, kWgradBlocks) wgrad_kernel(const __grid_constant__ WgradParams p) {
   using Tile = WgradTile<T>;
   RF_SHARED_MEMORY(shared);
   const Phase& phase = p.plan.phase[0];
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
 #pragma unroll
       for (int q = 0; q < 4; ++q) sum[i][j][q] = 0.0f;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
+  const bool multiplies = k0 + warp_row < p.k && column0 + warp_column < columns;
 
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
@@ -135,6 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
       copy_commit();
     const char* const dy = operands(step);
     const char* const a = dy + Tile::kOperandBytes;
+    if (!multiplies) continue;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       uint32_t left[2][4], right[2][4];
