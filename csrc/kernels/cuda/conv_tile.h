@@ -15,6 +15,12 @@ template <typename T, int kColumnsOfTile, bool kTransposedWeight> struct ConvTil
   static constexpr int kWarpsN = kColumns > 64 ? kColumns / 64 : 1;
   static constexpr int kWarpColumns = kColumns / kWarpsN;
   static constexpr int kThreads = 4 * kWarpsN * 32;
+  // To a multiprocessor: as many as registers are enough for without spilling (float's transposed operands take
+  // more), and shared memory on the larger chips.
+  static constexpr bool kManyRegisters = kTransposed && sizeof(T) == 4;
+  static constexpr int kMinBlocks = kColumns > 64 ? (kManyRegisters ? 1 : 2)
+                                    : kColumns > 32 ? (kManyRegisters ? 3 : 4)
+                                                    : 5;
   static constexpr int kStages = 3;
   static constexpr int kStep = kRowBytes / static_cast<int>(sizeof(T));  // elements of the reduction per step
   static constexpr int kCopyRows = kThreads / kChunksPerRow;             // rows that the block copies at once

@@ -22,7 +22,7 @@ template <typename Product> struct DgradParams {
 };
 
 template <typename T, typename Tile, typename Product>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     dgrad_kernel(const __grid_constant__ DgradParams<typename Product::Params> p) {
   constexpr int kColumns = Tile::kColumns;
   RF_SHARED_MEMORY(shared);
