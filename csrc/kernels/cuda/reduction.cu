@@ -33,13 +33,14 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   const Piece groups = piece_of(blockIdx.x, p.groups_per_block, p.groups);
   float n = 0.0f, mean = 0.0f, m2 = 0.0f;
   if (column < p.columns)
-    for (int64_t i = lane; i < groups.count; i += kLanes) {
-      const int64_t group = groups.first + i;
-      const float* const at = p.partial + group * 2 * p.columns + column;
-      const float count =
-          p.counts ? p.counts[group] : static_cast<float>(piece_of(group, p.rows_per_group, p.rows).count);
-      merge_moments(n, mean, m2, count, at[0], at[p.columns]);
-    }
+    merge_groups(n, mean, m2, lane, groups.count, kLanes,
+                 [&](int64_t i, float& of_n, float& of_mean, float& of_m2) {
+                   const int64_t group = groups.first + i;
+                   const float* const at = p.partial + group * 2 * p.columns + column;
+                   of_n = p.counts ? p.counts[group]
+                                   : static_cast<float>(piece_of(group, p.rows_per_group, p.rows).count);
+                   of_mean = at[0], of_m2 = at[p.columns];
+                 });
   cell[0][lane][in_tile] = n, cell[1][lane][in_tile] = mean, cell[2][lane][in_tile] = m2;
   __syncthreads();
   if (lane == 0 && column < p.columns) {
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kColumns* kLanes) merge_sums_kernel(const __gr
   const Piece groups = piece_of(blockIdx.x, p.groups_per_block, p.groups);
   float total = 0.0f;
   if (column < p.columns)
+#pragma unroll 8
     for (int64_t i = lane; i < groups.count; i += kLanes)
       total += p.partial[(groups.first + i) * p.columns + column];
   cell[lane][in_tile] = total;

@@ -39,6 +39,24 @@ __device__ __forceinline__ void merge_moments(float& n, float& mean, float& m2, 
   n = total;
 }
 
+// Groups i, i + step, ... below count merged in this order; read(i, n, mean, m2). What is read is on its way before
+// the first is merged: one after the other, each would wait for memory.
+template <typename Read>
+__device__ __forceinline__ void merge_groups(float& n, float& mean, float& m2, int64_t i, int64_t count, int step,
+                                             Read&& read) {
+  constexpr int kAtOnce = 8;
+  for (; i < count; i += kAtOnce * step) {
+    float of_n[kAtOnce], of_mean[kAtOnce], of_m2[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      of_n[j] = of_mean[j] = of_m2[j] = 0.0f;
+      if (i + j * step < count) read(i + j * step, of_n[j], of_mean[j], of_m2[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) merge_moments(n, mean, m2, of_n[j], of_mean[j], of_m2[j]);
+  }
+}
+
 // M2 of n values from the sums of d and d*d, d the deviations from about the mean (eq. 1.7). Where the
 // squares overflow the correction may too, and inf - inf is no number.
 __device__ __forceinline__ float corrected_m2(float squares, float residue, float n) {
@@ -102,7 +120,7 @@ template <int kThreads, int kColumns> struct MergeTwoSums {
     a = b = 0.0f;
     if (column + in_tile < columns) {
       const float* const at = partial + int64_t{first} * 2 * columns + column + in_tile;
-#pragma unroll 4
+#pragma unroll 8
       for (int i = lane; i < count; i += kLanes) {
         const float* const group = at + int64_t{i} * step * 2 * columns;
         a += group[0];
@@ -140,17 +158,14 @@ template <int kThreads, int kColumns> struct MergeStats {
     constexpr int kLanes = kThreads / kColumns;
     const int tid = threadIdx.x, lane = tid / kColumns, in_tile = tid % kColumns;
     n = mean = m2 = 0.0f;
-    if (column + in_tile < columns) {
-#pragma unroll 4
-      for (int i = lane; i < count; i += kLanes) {
-        const int group = first + i * step;
+    if (column + in_tile < columns)
+      merge_groups(n, mean, m2, lane, count, kLanes, [&](int64_t i, float& of_n, float& of_mean, float& of_m2) {
+        const int group = first + static_cast<int>(i) * step;
         const float* const at = partial + int64_t{group} * 2 * columns + column + in_tile;
-        const float of_group = counts ? counts[group]
-                                      : static_cast<float>(
-                                            piece_of(group / step, rows_per_group * step, rows).count);
-        merge_moments(n, mean, m2, of_group, at[0], at[columns]);
-      }
-    }
+        of_n = counts ? counts[group]
+                      : static_cast<float>(piece_of(group / step, rows_per_group * step, rows).count);
+        of_mean = at[0], of_m2 = at[columns];
+      });
     cells[tid] = n, cells[kThreads + tid] = mean, cells[2 * kThreads + tid] = m2;
     __syncthreads();
     if (lane == 0)
