@@ -60,7 +60,7 @@ template <typename T> struct ApplyAndMergeParams {
 
 // Blocks of the one, then of the other.
 template <typename T, int V>
-__global__ void __launch_bounds__(kRowsThreads, 2)
+__global__ void __launch_bounds__(kRowsThreads, kRowsBlocks)
     apply_and_merge_kernel(const __grid_constant__ ApplyAndMergeParams<T> p) {
   static_assert(kRowsThreads == kMergeThreads);
   RF_SHARED_MEMORY(shared);

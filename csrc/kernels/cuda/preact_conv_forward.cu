@@ -96,8 +96,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   if (tid < kColumns && column + tid < p.product.columns) {
     const float residue = product.take(0), squares = product.take(1);
     float* const out = p.partial + int64_t{tile} * 2 * p.product.columns + column + tid;
-    out[0] = means[tid] + residue / n;
-    out[p.product.columns] = corrected_m2(squares, residue, n);
+    const float shift = residue / n;
+    out[0] = means[tid] + shift;
+    out[p.product.columns] = corrected_m2(squares, residue, shift);
   }
 
   MergeStats<Tile::kThreads, kColumns> merge{

@@ -25,7 +25,16 @@ cudaError_t merge_sums(float* partial, int64_t groups, int64_t columns, float* s
 
 #if defined(__CUDACC__) || defined(RF_EMULATE)
 
-// (n, mean, m2) becomes that of both (Chan, Golub and LeVeque 1983, eq. 2.1). Nothing changes where n_b is 0.
+// (mean, m2) of n values becomes that of n_b more too (Chan, Golub and LeVeque 1983, eq. 2.1); neither is 0. share:
+// n_b / (n + n_b), the same for all channels.
+__device__ __forceinline__ void merge_moments_by(float n, float share, float& mean, float& m2, float mean_b,
+                                                 float m2_b) {
+  const float delta = mean_b - mean;
+  mean += delta * share;
+  m2 += m2_b + delta * delta * (n * share);
+}
+
+// (n, mean, m2) becomes that of both. Nothing changes where n_b is 0.
 __device__ __forceinline__ void merge_moments(float& n, float& mean, float& m2, float n_b, float mean_b,
                                               float m2_b) {
   if (n_b == 0.0f) return;
@@ -33,9 +42,8 @@ __device__ __forceinline__ void merge_moments(float& n, float& mean, float& m2, 
     n = n_b, mean = mean_b, m2 = m2_b;
     return;
   }
-  const float total = n + n_b, delta = mean_b - mean;
-  mean += delta * (n_b / total);
-  m2 += m2_b + delta * delta * (n * (n_b / total));
+  const float total = n + n_b;
+  merge_moments_by(n, n_b / total, mean, m2, mean_b, m2_b);
   n = total;
 }
 
@@ -58,9 +66,9 @@ __device__ __forceinline__ void merge_groups(float& n, float& mean, float& m2, i
 }
 
 // M2 of n values from the sums of d and d*d, d the deviations from about the mean (eq. 1.7). Where the
-// squares overflow the correction may too, and inf - inf is no number.
-__device__ __forceinline__ float corrected_m2(float squares, float residue, float n) {
-  const float m2 = squares > 3.4e38f ? squares : squares - residue * (residue / n);
+// squares overflow the correction may too, and inf - inf is no number. shift is residue / n.
+__device__ __forceinline__ float corrected_m2(float squares, float residue, float shift) {
+  const float m2 = squares > 3.4e38f ? squares : squares - residue * shift;
   return m2 < 0.0f ? 0.0f : m2;
 }
 

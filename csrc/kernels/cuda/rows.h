@@ -11,6 +11,7 @@ namespace resnet_fused {
 namespace cuda {
 
 constexpr int kRowsThreads = 256;
+constexpr int kRowsBlocks = 2;  // on a multiprocessor at once
 constexpr int kRowsAtOnce = 4;  // of one thread: independent loads in flight
 
 enum class Reduce { none, sums, stats };
@@ -30,7 +31,7 @@ inline RowsShape rows_shape(int64_t rows, int64_t channels, int vector, int mult
   const int64_t strips = divide_up(shape.vectors, shape.strip);
   const int64_t at_once = int64_t{kRowsThreads} / shape.strip * kRowsAtOnce;
   // Few partial results where there are any, so that merging them is one short step.
-  const int64_t blocks = int64_t{multiprocessors} * (reduces ? 3 : 16);
+  const int64_t blocks = int64_t{multiprocessors} * (reduces ? kRowsBlocks : 16);
   int64_t groups = divide_up(blocks, strips);
   if (groups > divide_up(rows, at_once)) groups = divide_up(rows, at_once);
   shape.rows_per_group = round_up(divide_up(rows, groups), at_once);
@@ -46,53 +47,31 @@ template <typename Params> struct RowsParams {
   Params op;
 };
 
-// Sums of threads' values over a block's rows: a column's thread adds them in order.
-template <int V>
-__device__ void block_sums(const RowsShape& shape, const float* a, const float* b, float* partial) {
-  RF_SHARED_MEMORY(shared);
-  float* const cells = reinterpret_cast<float*>(shared);
-  const int width = shape.strip * V, lanes = kRowsThreads / shape.strip, tid = threadIdx.x;
-  const int at = tid / shape.strip * width + tid % shape.strip * V;
-#pragma unroll
-  for (int j = 0; j < V; ++j) cells[at + j] = a[j], cells[kRowsThreads * V + at + j] = b[j];
-  __syncthreads();
-  const int64_t first = int64_t{blockIdx.y} * width;
-  for (int column = tid; column < width; column += kRowsThreads) {
-    if (first + column >= shape.channels) continue;
-    float total_a = 0.0f, total_b = 0.0f;
-    for (int lane = 0; lane < lanes; ++lane) {
-      total_a += cells[lane * width + column];
-      total_b += cells[kRowsThreads * V + lane * width + column];
-    }
-    float* const out = partial + int64_t{blockIdx.x} * 2 * shape.channels + first + column;
-    out[0] = total_a;
-    out[shape.channels] = total_b;
-  }
-}
-
-template <int V>
-__device__ void block_stats(const RowsShape& shape, float n, const float* mean, const float* m2,
-                            float* partial) {
+// Two values for each of a thread's V columns, folded over a block's lanes: lane i takes lane i + half with merge(n, a,
+// b), which reads its arguments as [j * kRowsThreads] (n: as one), then half as many remain. True in the first lane, which
+// has the result then.
+template <int V, typename Merge>
+__device__ __forceinline__ bool fold_lanes(const RowsShape& shape, const float& n, const float* a, const float* b,
+                                           Merge&& merge) {
   RF_SHARED_MEMORY(shared);
   float* const cells = reinterpret_cast<float*>(shared);
   float* const counts = cells + 2 * kRowsThreads * V;
-  const int width = shape.strip * V, lanes = kRowsThreads / shape.strip, tid = threadIdx.x;
-  const int at = tid / shape.strip * width + tid % shape.strip * V;
+  const int tid = threadIdx.x, lane = tid / shape.strip;
+  for (int half = kRowsThreads / shape.strip / 2; half > 0; half /= 2) {
+    // What others still read of the level before lies behind these.
+    if (lane >= half && lane < 2 * half) {
 #pragma unroll
-  for (int j = 0; j < V; ++j) cells[at + j] = mean[j], cells[kRowsThreads * V + at + j] = m2[j];
-  if (tid % shape.strip == 0) counts[tid / shape.strip] = n;
-  __syncthreads();
-  const int64_t first = int64_t{blockIdx.y} * width;
-  for (int column = tid; column < width; column += kRowsThreads) {
-    if (first + column >= shape.channels) continue;
-    float total = 0.0f, total_mean = 0.0f, total_m2 = 0.0f;
-    for (int lane = 0; lane < lanes; ++lane)
-      merge_moments(total, total_mean, total_m2, counts[lane], cells[lane * width + column],
-                    cells[kRowsThreads * V + lane * width + column]);
-    float* const out = partial + int64_t{blockIdx.x} * 2 * shape.channels + first + column;
-    out[0] = total_mean;
-    out[shape.channels] = total_m2;
+      for (int j = 0; j < V; ++j) {
+        cells[j * kRowsThreads + tid] = a[j];
+        cells[(V + j) * kRowsThreads + tid] = b[j];
+      }
+      counts[tid] = n;
+    }
+    __syncthreads();
+    const int other = tid + half * shape.strip;
+    if (lane < half) merge(counts[other], cells + other, cells + V * kRowsThreads + other);
   }
+  return lane == 0;
 }
 
 // Op: Params; kReduce; kRows, rows that a thread reads at once, a divisor of kRowsAtOnce; Channels<V>{params,
@@ -140,31 +119,54 @@ __device__ __forceinline__ void rows_block(const RowsParams<typename Op::Params>
         }
       }
       if constexpr (Op::kReduce == Reduce::stats) {
+        const float inverse = 1.0f / count, share = count / (n + count);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          float mean = 0.0f, squares = 0.0f, residue = 0.0f, merged = n;
+          float mean = 0.0f, squares = 0.0f, residue = 0.0f;
 #pragma unroll
           for (int i = 0; i < Op::kRows; ++i) mean += value[i][j];
-          mean /= count;
+          mean *= inverse;
 #pragma unroll
           for (int i = 0; i < Op::kRows; ++i) {
             const float d = first + i * lanes < group.count ? value[i][j] - mean : 0.0f;
             residue += d;
             squares += d * d;
           }
-          merge_moments(merged, a[j], b[j], count, mean + residue / count,
-                        corrected_m2(squares, residue, count));
+          const float shift = residue * inverse, m2 = corrected_m2(squares, residue, shift);
+          if (n == 0.0f)
+            a[j] = mean + shift, b[j] = m2;
+          else
+            merge_moments_by(n, share, a[j], b[j], mean + shift, m2);
         }
         n += count;
       }
     }
   }
-  if constexpr (Op::kReduce == Reduce::sums) block_sums<V>(shape, a, b, p.partial);
-  if constexpr (Op::kReduce == Reduce::stats) block_stats<V>(shape, n, a, b, p.partial);
+  if constexpr (Op::kReduce != Reduce::none) {
+    const bool first = fold_lanes<V>(shape, n, a, b, [&](float n_b, const float* a_b, const float* b_b) {
+      if constexpr (Op::kReduce == Reduce::sums) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) a[j] += a_b[j * kRowsThreads], b[j] += b_b[j * kRowsThreads];
+      } else if (n_b != 0.0f) {
+        const float share = n_b / (n + n_b);
+#pragma unroll
+        for (int j = 0; j < V; ++j)
+          if (n == 0.0f)
+            a[j] = a_b[j * kRowsThreads], b[j] = b_b[j * kRowsThreads];
+          else
+            merge_moments_by(n, share, a[j], b[j], a_b[j * kRowsThreads], b_b[j * kRowsThreads]);
+        n += n_b;
+      }
+    });
+    if (!first || !active) return;
+    float* const out = p.partial + block_x * 2 * shape.channels + c;
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = a[j], out[shape.channels + j] = b[j];
+  }
 }
 
 template <typename Op, int V>
-__global__ void __launch_bounds__(kRowsThreads, 2)
+__global__ void __launch_bounds__(kRowsThreads, kRowsBlocks)
     rows_kernel(const __grid_constant__ RowsParams<typename Op::Params> p) {
   rows_block<Op, V>(p, blockIdx.x, blockIdx.y);
 }
