@@ -47,9 +47,8 @@ template <typename Params> struct RowsParams {
   Params op;
 };
 
-// Two values for each of a thread's V columns, folded over a block's lanes: lane i takes lane i + half with merge(n, a,
-// b), which reads its arguments as [j * kRowsThreads] (n: as one), then half as many remain. True in the first lane, which
-// has the result then.
+// Folds n and two values for each of V columns over a block's lanes: lane i takes those of lane i + half by merge(n, a, b)
+// with a[j * kRowsThreads] and b likewise; then half as many lanes remain. True in the first, which has the result.
 template <int V, typename Merge>
 __device__ __forceinline__ bool fold_lanes(const RowsShape& shape, const float& n, const float* a, const float* b,
                                            Merge&& merge) {
@@ -58,7 +57,7 @@ __device__ __forceinline__ bool fold_lanes(const RowsShape& shape, const float& 
   float* const counts = cells + 2 * kRowsThreads * V;
   const int tid = threadIdx.x, lane = tid / shape.strip;
   for (int half = kRowsThreads / shape.strip / 2; half > 0; half /= 2) {
-    // What others still read of the level before lies behind these.
+    // Others may still read the level before: its cells are those of later lanes.
     if (lane >= half && lane < 2 * half) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {

@@ -13,13 +13,17 @@ constexpr int kMergeLanes = 8;
 constexpr int kMergeThreads = kMergeColumns * kMergeLanes;
 constexpr size_t kMergeShared = sizeof(float) * kMergeThreads;
 
-inline int64_t weight_merge_blocks(const WeightMerge& p) { return divide_up(p.columns, kMergeColumns); }
+// With fewer groups than lanes every thread has a column of its own.
+inline int64_t weight_merge_blocks(const WeightMerge& p) {
+  return divide_up(p.columns, p.groups < kMergeLanes ? kMergeThreads : kMergeColumns);
+}
 
 #if defined(__CUDACC__) || defined(RF_EMULATE)
 
 __device__ __forceinline__ void store_weight(const WeightOutput& w, int64_t column, float value) {
-  const int64_t tap = column / w.c, c = column % w.c;
-  const int64_t k = tap / w.taps, r = tap % w.taps / w.s, s = tap % w.taps % w.s;
+  // A weight has less than 2^31 elements: kMaxChannels in and out, nine taps.
+  const int32_t i = static_cast<int32_t>(column), tap = i / w.c, k = tap / w.taps, in_k = tap - k * w.taps;
+  const int32_t c = i - tap * w.c, r = in_k / w.s, s = in_k - r * w.s;
   const int64_t at = k * w.stride_k + c * w.stride_c + r * w.stride_r + s * w.stride_s;
   if (w.type == ParameterType::float32)
     static_cast<float*>(w.data)[at] = value;
@@ -31,11 +35,20 @@ __device__ __forceinline__ void store_weight(const WeightOutput& w, int64_t colu
 
 // shared: kMergeShared bytes.
 __device__ __forceinline__ void merge_weight_block(const WeightMerge& p, int64_t block, char* shared) {
+  if (p.groups < kMergeLanes) {
+    const int64_t own = block * kMergeThreads + threadIdx.x;
+    if (own >= p.columns) return;
+    float total = 0.0f;
+    for (int64_t i = 0; i < p.groups; ++i) total += p.partial[i * p.columns + own];
+    store_weight(p.weight, own, total);
+    return;
+  }
   float (*const cell)[kMergeColumns] = reinterpret_cast<float (*)[kMergeColumns]>(shared);
   const int lane = threadIdx.x / kMergeColumns, in_tile = threadIdx.x % kMergeColumns;
   const int64_t column = block * kMergeColumns + in_tile;
   float total = 0.0f;
   if (column < p.columns)
+#pragma unroll 8
     for (int64_t i = lane; i < p.groups; i += kMergeLanes) total += p.partial[i * p.columns + column];
   cell[lane][in_tile] = total;
   __syncthreads();
