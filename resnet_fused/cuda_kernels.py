@@ -49,11 +49,19 @@ def unavailable() -> str | None:
 def device_limits() -> tuple[tuple[int, int], int | None] | None:
     """The least compute capability and shared memory for a block of the devices that torch sees: a choice of
     backend is not told which one. None without a device; no shared memory where torch does not tell it."""
+
+    def shared(device) -> int | None:
+        if hasattr(device, "shared_memory_per_block_optin"):
+            return device.shared_memory_per_block_optin
+        # Older torch: all but 1 KB of a multiprocessor's, from 8.0 on.
+        whole = getattr(device, "shared_memory_per_multiprocessor", None)
+        return None if whole is None else whole - 1024
+
     if not torch.cuda.is_available():
         return None
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    shared = [getattr(device, "shared_memory_per_block_optin", None) for device in devices]
-    return min((device.major, device.minor) for device in devices), None if None in shared else min(shared)
+    sizes = [shared(device) for device in devices]
+    return min((device.major, device.minor) for device in devices), None if None in sizes else min(sizes)
 
 
 def _too_old() -> str | None:
@@ -128,9 +136,9 @@ def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
     pixels = n * (h + 2 * geometry.padding[0]) * (w + 2 * geometry.padding[1])
     if pixels >= 2**31 - 2**24:
         return f"the cuda kernels count pixels in 32 bits, but there are {pixels}"
-    limits = device_limits()
-    if limits is not None and limits[1] is not None and (needed := shared_bytes(primitive, dtype, geometry)) > limits[1]:
-        return f"a block needs {needed} bytes of shared memory, but a device has {limits[1]}"
+    available = (device_limits() or (None, None))[1]
+    if available is not None and (needed := shared_bytes(primitive, dtype, geometry)) > available:
+        return f"a block needs {needed} bytes of shared memory, but a device has {available}"
     if dtype is torch.float32 and not tf32_allowed():
         return "the cuda kernels multiply float32 as TF32, which torch.backends.cudnn.conv.fp32_precision forbids"
     return None

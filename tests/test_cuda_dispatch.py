@@ -126,6 +126,24 @@ def test_devices_that_are_too_old(library, monkeypatch, limits):
             assert choice.backend != "cuda" and "need compute capability 8.0" in choice.reason
 
 
+def test_limits_are_those_of_the_weakest_device(monkeypatch):
+    devices = [
+        SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=1),
+        SimpleNamespace(major=8, minor=9, shared_memory_per_multiprocessor=102400),
+    ]
+    limits = cuda_kernels.device_limits.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert limits() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: devices[i])
+    assert limits() == ((8, 9), 101376)
+    del devices[1]
+    assert limits() == ((9, 0), 232448)
+    devices.append(SimpleNamespace(major=8, minor=0))
+    assert limits() == ((8, 0), None)
+
+
 def test_devices_with_little_shared_memory(library, monkeypatch):
     """99 KB for a block: sm_86, sm_89, sm_120."""
     monkeypatch.setattr(cuda_kernels, "device_limits", lambda: ((8, 9), 101376))
