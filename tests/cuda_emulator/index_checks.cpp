@@ -261,6 +261,13 @@ std::string check_splits() {
             if (split.splits > 1 && split.splits * g.k * split.columns * 4 > (int64_t{64} << 20))
               return "partial results of more than 64 MB";
           }
+  constexpr int kEven[][3] = {{256, 64, 56}, {128, 160, 32}, {256, 128, 28}, {256, 256, 14}};
+  for (const auto& [n, c, size] : kEven) {
+    const WgradSplit split = wgrad_split(geometry(n, c, size, size, c, 3, 1, 1, 1), 2, 132);
+    const int64_t busiest = divide_up(split.tiles * split.splits, 132) * split.steps;
+    if (100 * busiest * 132 > 105 * split.tiles * divide_up(n * size * size, 64))
+      return "splits that leave a multiprocessor more than 1.05 of the mean to do";
+  }
   for (int64_t groups = 1; groups <= 5000; ++groups) {
     const Segments segments = merge_segments(groups);
     if (segments.groups != groups || segments.count < 1 || int64_t{segments.count} * segments.each < groups ||
