@@ -273,7 +273,8 @@ cudaError_t preact_conv_backward_1x1(const PreactConvDgradParams& d, const Preac
                               d.sums,
                               d.centre};
   const dim3 grid(static_cast<unsigned>(split.programs), static_cast<unsigned>(split.channel_blocks));
-  cudaError_t error = launch<backward_1x1_kernel<T>, Layout<T>::kShared>(grid, kThreads, Layout<T>::kShared, stream, params);
+  constexpr size_t kShared = Layout<T>::kShared;
+  cudaError_t error = launch<backward_1x1_kernel<T>, kShared>(grid, kThreads, kShared, stream, params);
   if (error != cudaSuccess) return error;
   const WeightOutput weight{
       w.dweight, w.type, w.stride_k, w.stride_c, w.stride_r, w.stride_s, static_cast<int32_t>(g.c), 1, 1};

@@ -206,7 +206,8 @@ cudaError_t preact_conv_wgrad(const PreactConvWgradParams& p, WeightMerge* later
   params.column_tiles = static_cast<int32_t>(divide_up(split.columns, kTile));
   params.c_chunks = make_divisor(static_cast<uint32_t>(p.g.c / kChunk<T>));
   const dim3 grid(static_cast<unsigned>(split.tiles), static_cast<unsigned>(split.splits));
-  cudaError_t error = launch<wgrad_kernel<T>, WgradTile<T>::kShared>(grid, kThreads, WgradTile<T>::kShared, stream, params);
+  constexpr size_t kShared = WgradTile<T>::kShared;
+  cudaError_t error = launch<wgrad_kernel<T>, kShared>(grid, kThreads, kShared, stream, params);
   if (error != cudaSuccess) return error;
   const WeightOutput weight{p.dweight,
                             p.type,

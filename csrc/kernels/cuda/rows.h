@@ -47,8 +47,9 @@ template <typename Params> struct RowsParams {
   Params op;
 };
 
-// Folds n and two values for each of V columns over a block's lanes: lane i takes those of lane i + half by merge(n, a, b)
-// with a[j * kRowsThreads] and b likewise; then half as many lanes remain. True in the first, which has the result.
+// Folds n and two values for each of V columns over a block's lanes: lane i takes those of lane i + half by
+// merge(n, a, b), with a[j * kRowsThreads] and b likewise; then half as many lanes remain. True in the first, which
+// has the result.
 template <int V, typename Merge>
 __device__ __forceinline__ bool fold_lanes(const RowsShape& shape, const float& n, const float* a, const float* b,
                                            Merge&& merge) {
