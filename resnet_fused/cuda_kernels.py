@@ -27,8 +27,8 @@ _OLDEST = (8, 0)
 _BYTES_PER_SECOND = 4.3e12
 _FLOPS_PER_SECOND = {2: 7.9e14, 4: 3.9e14}
 _OURS, _LIBRARY = 0.35, 0.7
-# Our weight gradient's tile of 64 x 64 does 32 flops (float32: 16) for each byte that comes from L2, of which a
-# multiprocessor's share allows about 0.23 of the matrix rate.
+# Our weight gradient's tile of 64 x 64 does 32 flops (float32: 16) for each byte that comes from L2: at its 5.5e12
+# bytes a second, 0.23 of the matrix rate at most.
 _OUR_WGRAD = 0.2
 # A launch and the gap before the kernel that waits for it on the same stream: typically a few microseconds;
 # unmeasured here. Counted for the elementwise passes and merges that only the unfused path has.
