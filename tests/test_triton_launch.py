@@ -55,7 +55,7 @@ def test_second_call_is_direct(kernel):
     assert kernel.slow == [((5, 1, 1), (x, None, 7, 0.5, True, 16), options)] and not kernel.fast
     prepared(x, None)
     assert len(kernel.slow) == 1
-    assert kernel.fast == [((5, 1, 1), (x, None, 7, 0.5, True, 16), 103)]
+    assert kernel.fast == [((5, 1, 1), (x.data_ptr(), None, 7, 0.5, True, 16), 103)]
 
 
 def test_misaligned_tensors_take_tritons_own_way(kernel):

@@ -9,7 +9,7 @@ Triton's own ``kernel[grid](...)`` classifies every argument at every call (20-4
 that once: the first call goes through it and yields the compiled kernel, later ones launch that directly, on
 the current stream. What Triton would specialise on can then not differ: integers are in the plan (and kernels
 do not specialise on them), pointers must be 16-byte aligned, which is checked, and a misaligned tensor takes
-Triton's own way.
+Triton's own way. A direct launch passes addresses.
 
 Under TRITON_INTERPRET=1 the same objects run the interpreter on CPU tensors.
 """
@@ -110,12 +110,15 @@ class Launch:
         run = self._run
         if run is None:
             return self._first(tensors)
-        for t in tensors:
-            if t is not None and t.data_ptr() & 15:
+        # Addresses, which are read anyway: for a tensor Triton's launcher calls data_ptr() and asks the driver whose
+        # memory it is (checked by primitives/checks.py).
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        for pointer in pointers:
+            if pointer is not None and pointer & 15:
                 self.kernel[self.grid](*tensors, *self._rest, **self.options)
                 return None
         active = driver.active
-        run(*tensors, *self._rest, stream=active.get_current_stream(active.get_current_device()))
+        run(*pointers, *self._rest, stream=active.get_current_stream(active.get_current_device()))
         return None
 
     def _first(self, tensors) -> None:
