@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,25 @@ def test_kernels_that_cannot_be_imported(monkeypatch):
     with pytest.raises(RuntimeError, match="importing its kernels failed: AttributeError: .* 'dot'"):
         triton_kernels.load("channel_stats")
     assert "'dot'" in (triton_kernels.unavailable() or "")
+
+
+@pytest.mark.skipif(triton_kernels.interpreted(), reason="the interpreter needs no driver")
+def test_a_driver_that_does_not_start(monkeypatch):
+    """As without a C compiler: told when the kernels are loaded, not at the first launch."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    modules = {"triton.runtime": SimpleNamespace(driver=Driver())}
+    monkeypatch.setattr(triton_kernels, "_failure", None)
+    monkeypatch.setattr(triton_kernels.importlib, "import_module", lambda name: modules.get(name))
+    monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: "somewhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="starting its driver failed: RuntimeError: .*C compiler"):
+        triton_kernels.load("channel_stats")
+    assert "C compiler" in (triton_kernels.unavailable() or "")
 
 
 def test_a_broken_triton_is_told_once_and_served_by_others(cuda_devices, monkeypatch):

@@ -25,12 +25,12 @@ import torch
 #: The oldest GPUs whose kernels are compiled in the tests.
 _LEAST_CAPABILITY = (8, 0)
 
-#: Why the kernels could not be imported, once it was tried.
+#: Why the kernels could not be imported or the driver not be started, once it was tried.
 _failure: str | None = None
 
 
 def unavailable() -> str | None:
-    """Why the Triton kernels cannot be imported here, or None."""
+    """Why the Triton kernels cannot be used here whatever the device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return _failure
@@ -62,12 +62,18 @@ def load(primitive: str) -> Callable:
     """The launcher of a primitive.
 
     Raises:
-        RuntimeError: Triton or the kernels cannot be imported; :func:`unavailable` says it from then on.
+        RuntimeError: Triton or the kernels cannot be imported, or Triton's driver does not start;
+            :func:`unavailable` says it from then on.
     """
     global _failure
+    doing = "importing its kernels"
     try:
         module = importlib.import_module(f"{__name__}.{primitive}")
+        if not interpreted() and torch.cuda.is_available():
+            # Else built at the first launch, where nothing can fall back any more: it takes a C compiler.
+            doing = "starting its driver"
+            importlib.import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # a Triton that is broken or too old fails in many ways
-        _failure = f"importing its kernels failed: {type(error).__name__}: {error}"
+        _failure = f"{doing} failed: {type(error).__name__}: {error}"
         raise RuntimeError(_failure) from error
     return getattr(module, primitive)
