@@ -1,4 +1,4 @@
-"""The measured choices on disk. Nothing is measured here."""
+"""The measured choices on disk, and in what order a call is timed. Nothing is measured here."""
 
 import json
 import multiprocessing
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused.primitives import dispatch, tuning
+from resnet_fused.primitives import dispatch, tuner, tuning
 from resnet_fused.primitives.tuning import Choices, Key
 from resnet_fused.version import __version__
 
@@ -163,3 +163,25 @@ def test_configurations_of_this_device():
     tuning.store({problem: config}, {})
     assert tuning.look_up(problem) == config
     assert tuning.look_up(problem._replace(rows=4097)) is None
+
+
+def test_launching_is_not_timed(monkeypatch):
+    """The device is kept busy before the first event until the host has queued the call."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    scratch = torch.ones(4, dtype=torch.int8)
+    assert tuner.samples_on_gpu(lambda: done.append("call"), 2, scratch) == [2e-3, 2e-3]
+    assert done == ["wait", "event", "call", "event"] * 2 + ["synchronize"] and not scratch.any()

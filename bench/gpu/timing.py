@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from resnet_fused.analysis.measure import Timing
+from resnet_fused.primitives import tuner
 
 _WARMUP = 3
-_FLUSH_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
+_FLUSH_BYTES = {"cuda": tuner.FLUSH_BYTES, "cpu": 1 << 20}
 
 
 class Timer:
     """Times a call on a device: the caches are flushed before every round.
 
-    On a GPU the time is the device's own, by events; the flush is long enough for the host to run ahead, so
-    that launching is not in it. :meth:`host` tells what launching takes.
+    On a GPU the time is the device's own, by events, and launching is not in it (``tuner.samples_on_gpu``);
+    :meth:`host` tells what launching takes.
     """
 
     def __init__(self, device: str, seconds: float = 0.05, rounds: tuple[int, int] = (10, 50)) -> None:
@@ -27,7 +28,7 @@ class Timer:
         self._scratch = torch.zeros(_FLUSH_BYTES[device], dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], object]) -> Timing:
-        once = max(self._samples(call, _WARMUP))
+        once = min(self._samples(call, _WARMUP))  # the first compiles
         least, most = self._rounds
         return Timing.of(self._samples(call, min(most, max(least, int(self._seconds / max(once, 1e-7))))))
 
@@ -44,16 +45,7 @@ class Timer:
                 call()
                 found.append(time.perf_counter() - start)
             return found
-        events = []
-        for _ in range(rounds):
-            self._scratch.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return tuner.samples_on_gpu(call, rounds, self._scratch)
 
     def host(self, call: Callable[[], object]) -> float:
         """Median seconds that the host is busy with a call, not waiting for the device."""

@@ -17,7 +17,9 @@ from . import dispatch, tuning
 
 _WARMUP, _ROUNDS = 3, 15
 #: More than any chip's L2 holds.
-_FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 256 << 20
+#: 300 us at 2 GHz. The flush alone takes about 70 on an H200, less than launching an unfused path can.
+_WAIT_CYCLES = 600_000
 
 
 class Tuned(NamedTuple):
@@ -32,19 +34,27 @@ class Tuned(NamedTuple):
     unfused: float | None
 
 
-def median_on_gpu(call: Callable[[], object]) -> float:
-    """Median seconds of a call on the current CUDA device, with L2 flushed before each."""
-    scratch = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def samples_on_gpu(call: Callable[[], object], rounds: int, scratch: Tensor) -> list[float]:
+    """Seconds of each of several calls on the current CUDA device, by events. Writing scratch, more than L2
+    holds, flushes it before each; then the device waits until the host has queued the call, so that launching
+    is not in the time."""
     events = []
-    for _ in range(_WARMUP + _ROUNDS):
+    for _ in range(rounds):
         scratch.zero_()
+        torch.cuda._sleep(_WAIT_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
         events.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events[_WARMUP:]) / 1e3
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def median_on_gpu(call: Callable[[], object]) -> float:
+    """Median seconds of a call on the current CUDA device, with L2 flushed before each."""
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return statistics.median(samples_on_gpu(call, _WARMUP + _ROUNDS, scratch)[_WARMUP:])
 
 
 @contextlib.contextmanager
