@@ -125,6 +125,9 @@ def conv_dgrad_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if STRIDED:
         steps = tl.cdiv(channels_out, BLOCK_K) * taps
+        # Divisors: the pipeliner takes the first step's divisions out of the loop, also where no tap reaches.
+        taps = tl.maximum(taps, 1)
+        taps_w = tl.maximum(taps_w, 1)
     else:
         steps = tl.cdiv(channels_out, BLOCK_K) * (R * S)
     for step in range(steps):
