@@ -43,13 +43,14 @@ def _finish_tile(
         tl.store(partial + channels, m2, mask=in_k)
 
 
-@triton.jit(do_not_specialize=["slope", "pixels", "h", "w", "p", "q", "c_units", "k_units"])
+@triton.jit(do_not_specialize=["slope", "pixels", "h", "w", "p", "q", "c_units", "k_units", "steps"])
 def conv_forward_kernel(
     x_ptr, bn_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr,
     slope,
     pixels,  # N * P * Q
     h, w, p, q,
     c_units, k_units,
+    steps,  # of the reduction: blocks of input channels x taps
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     C_UNIT: tl.constexpr, K_UNIT: tl.constexpr,
@@ -90,7 +91,9 @@ def conv_forward_kernel(
     weight_at = weight_ptr + column[None, :] * (R * S * channels_in) + lane[:, None]
 
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for step in range(tl.cdiv(channels_in, BLOCK_C) * (R * S)):
+    # Else a path past the loop joins its accumulator behind it, and ptxas serialises the wgmma (C7515).
+    tl.assume(steps > 0)
+    for step in range(steps):
         c = (step // (R * S)) * BLOCK_C
         tap = step % (R * S)
         dh = (tap // S) * DILATION_H
@@ -232,11 +235,12 @@ class Plan:
         else:
             config = configs.select(on, name, product, "tiled", **sizes)
             tiles, tiles_k = ceil_div(g.out_pixels, config.rows), ceil_div(g.k, config.columns)
+            steps = ceil_div(g.c, config.depth) * g.taps
             self.main = Launch(
                 conv_forward_kernel,
                 (tiles * tiles_k,),
                 dtypes,
-                (slope, g.out_pixels, g.h, g.w, g.p, g.q, g.c // units[0], g.k // units[1]),
+                (slope, g.out_pixels, g.h, g.w, g.p, g.q, g.c // units[0], g.k // units[1], steps),
                 (
                     *g.constants,
                     *units,

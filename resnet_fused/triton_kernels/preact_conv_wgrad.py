@@ -83,6 +83,8 @@ def conv_wgrad_kernel(
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, tl.cdiv(pixels, BLOCK_M))
     acc = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    # No split is empty. As in the forward kernel: a path past the loop would serialise the wgmma.
+    tl.assume(last > first)
     for step in range(first, last):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = m < pixels
