@@ -46,6 +46,8 @@ def backward_1x1_kernel(
     weight_at = k[:, None] * channels + c[None, :]
     weight_mask = in_k[:, None] & in_c[None, :]
     weight = tl.load(weight_ptr + weight_at, mask=weight_mask, other=0.0)
+    mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
+    invstd = tl.load(bn_ptr + channels + c, mask=in_c, other=0.0)
     scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
     shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
     dweight = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
@@ -65,22 +67,9 @@ def backward_1x1_kernel(
         dweight = tl.dot(tl.trans(dy), a, dweight, input_precision=PRECISION)
         da = tl.dot(dy, weight, input_precision=PRECISION)
         finish_gradient(
-            da,
-            at,
-            in_m,
-            c,
-            in_c,
-            channels,
-            tile,
-            bn_ptr,
-            x_ptr,
-            dz_in_ptr,
-            dz_ptr,
-            sums_ptr,
-            slope,
-            ACTIVATION,
-            DZ_IN,
-        )
+            da, x, mean, invstd, scale, shift, at, in_m[:, None] & in_c[None, :], in_m, c, in_c, channels, tile,
+            dz_in_ptr, dz_ptr, sums_ptr, slope, ACTIVATION, DZ_IN,
+        )  # fmt: skip
     partial = dweight_ptr + tl.program_id(1).to(tl.int64) * (channels * channels_out)
     tl.store(partial + weight_at, dweight, mask=weight_mask)
 

@@ -23,15 +23,11 @@ from .weights import packed
 
 @triton.jit
 def finish_gradient(
-    acc, at, in_m, c, in_c, channels, tile, bn_ptr, x_ptr, dz_in_ptr, dz_ptr, partial_ptr, slope,
+    acc, x, mean, invstd, scale, shift, at, mask, in_m, c, in_c, channels, tile, dz_in_ptr, dz_ptr, partial_ptr, slope,
     ACTIVATION: tl.constexpr, DZ_IN: tl.constexpr,
 ):  # fmt: skip
-    """Mask, dz_in, rounding, store, and the tile's sum(dz) and sum(dz * xhat)."""
-    mask = in_m[:, None] & in_c[None, :]
-    mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
-    scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
-    shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    """Mask, dz_in, rounding, store, and the tile's sum(dz) and sum(dz * xhat), of x and the rows of bn."""
+    x = x.to(tl.float32)
     acc = activation_gradient(pre_activation(x, scale[None, :], shift[None, :]), acc, slope, ACTIVATION)
     if DZ_IN:
         acc += tl.load(dz_in_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -40,7 +36,6 @@ def finish_gradient(
     # Of what is stored, since preact_apply reads what is stored.
     d = tl.where(in_m[:, None], dz.to(tl.float32), 0.0)
     deviation = tl.where(in_m[:, None], x - mean[None, :], 0.0)
-    invstd = tl.load(bn_ptr + channels + c, mask=in_c, other=0.0)
     partial = partial_ptr + tl.cast(tile, tl.int64) * (2 * channels) + c
     tl.store(partial, tl.sum(d, 0), mask=in_c)
     tl.store(partial + channels, tl.sum(d * deviation, 0) * invstd, mask=in_c)
@@ -164,23 +159,16 @@ def conv_dgrad_kernel(
         acc = tl.dot(dy, weight, acc, input_precision=PRECISION)
 
     at = x_row[:, None] * channels + c[None, :]
+    mask = in_m[:, None] & in_c[None, :]
+    mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
+    invstd = tl.load(bn_ptr + channels + c, mask=in_c, other=0.0)
+    scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
+    shift = tl.load(bn_ptr + 3 * channels + c, mask=in_c, other=0.0)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
     finish_gradient(
-        acc,
-        at,
-        in_m,
-        c,
-        in_c,
-        channels,
-        tile,
-        bn_ptr,
-        x_ptr,
-        dz_in_ptr,
-        dz_ptr,
-        partial_ptr,
-        slope,
-        ACTIVATION,
-        DZ_IN,
-    )
+        acc, x, mean, invstd, scale, shift, at, mask, in_m, c, in_c, channels, tile, dz_in_ptr, dz_ptr, partial_ptr,
+        slope, ACTIVATION, DZ_IN,
+    )  # fmt: skip
 
 
 class Plan:
