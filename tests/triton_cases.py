@@ -159,7 +159,12 @@ class TestConvolutions:
         check_parameters(results, plain, oracle, sum_terms(c, bn, 0.0, shape), weight)
 
 
-@pytest.mark.parametrize(("dtype", "parameters"), DTYPES + MASTERS[:1], ids=name_of)
+# Exact float32 is declined; compiled it spills. The interpreter takes it, for its small yardstick.
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [d for d in DTYPES + MASTERS[:1] if INTERPRETED or d[0] is not torch.float32],
+    ids=name_of,
+)
 @pytest.mark.parametrize("shape", [*POINTWISE, Shape(2, 16, 11, 13, 64)], ids=name_of)
 @pytest.mark.parametrize("joined", [False, True], ids=["relu", "leaky+dz_in+bias"])
 def test_backward_1x1(shape, dtype, parameters, joined):
@@ -177,8 +182,8 @@ def test_backward_1x1(shape, dtype, parameters, joined):
 
 def test_weights_of_any_strides():
     """A transposed view, of which empty_like keeps the strides; and a sliced one, of which it does not."""
-    c = case(ODD, torch.float32, torch.float32)
-    wide_weight = torch.randn(ODD.k, ODD.c + 3, 1, 1)
+    c = case(ODD, torch.float16, torch.float16)
+    wide_weight = torch.randn(ODD.k, ODD.c + 3, 1, 1).half()
     for weight in (c.weight.transpose(0, 1).contiguous().transpose(0, 1), wide_weight[:, 3:]):
         args = (c.x, c.bn, weight, None, None, 0.0, *ODD.geometry, False)
         same = (c.x, c.bn, weight.contiguous(), *args[3:])
@@ -315,7 +320,7 @@ def test_offsets_of_64_bits(monkeypatch):
             TestConvolutions().test_forward(shape, dtype, parameters, "bn+bias+residual")
             TestConvolutions().test_dgrad(shape, dtype, parameters, True)
             TestConvolutions().test_wgrad(shape, dtype, parameters, "bn+bias")
-    test_backward_1x1(Shape(1, 3, 5, 4, 11), *DTYPES[0], True)
+    test_backward_1x1(Shape(1, 3, 5, 4, 11), *DTYPES[1], True)
 
 
 def test_magic_divisors():
@@ -346,6 +351,9 @@ def test_declines():
     )
     assert "32 bits" in declines("preact_conv_forward", torch.float16, geometry(n=2**26))
     assert "1x1" in declines("preact_conv_backward_1x1", torch.float16, geometry())
+    wide, narrow = (ConvGeometry((2, 512, 8, 8), (k, 512, 1, 1), (1, 1), (0, 0), (1, 1), 1) for k in (128, 64))
+    assert "slower" in declines("preact_conv_backward_1x1", torch.float16, wide)
+    assert declines("preact_conv_backward_1x1", torch.float16, narrow) is None
 
 
 def test_configurations():
