@@ -180,6 +180,20 @@ def test_backward_1x1(shape, dtype, parameters, joined):
     check_parameters(gradients, plain, oracle, sum_terms(c, c.bn, slope, shape), c.weight)
 
 
+@pytest.mark.parametrize(("dtype", "parameters"), DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [SPATIAL, ODD, Shape(2, 16, 20, 20, 16)], ids=name_of)
+@pytest.mark.parametrize("mean", [100.0, 1e4])
+def test_statistics_far_from_zero(shape, dtype, parameters, mean):
+    """Of an output whose mean is large beside its spread; and one channel is constant."""
+    c = case(shape, dtype, parameters)
+    weight, bias = c.weight.clone(), torch.full_like(c.bias, mean)
+    weight[1] = 0
+    args = (c.x, c.bn, weight, bias, None, 0.0, *shape.geometry)
+    y, stats = run(preact_conv_forward, *args, True)
+    assert (y[:, 1] == bias[1]).all()
+    check_stats(stats, y)
+
+
 def test_weights_of_any_strides():
     """A transposed view, of which empty_like keeps the strides; and a sliced one, of which it does not."""
     c = case(ODD, torch.float16, torch.float16)

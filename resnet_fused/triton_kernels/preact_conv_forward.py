@@ -37,7 +37,8 @@ def _finish_tile(
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=mask)
     if STATS:
-        mean, m2 = tile_stats(y.to(tl.float32), in_m, tl.cast(rows, tl.float32))
+        EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
+        mean, m2 = tile_stats(y.to(tl.float32), in_m, tl.cast(rows, tl.float32), EXACT)
         partial = partial_ptr + tl.cast(tile_m, tl.int64) * (2 * channels) + k
         tl.store(partial, mean, mask=in_k)
         tl.store(partial + channels, m2, mask=in_k)

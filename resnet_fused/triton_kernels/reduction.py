@@ -18,17 +18,22 @@ _SECOND = 64
 
 
 @triton.jit
-def tile_stats(value, in_tile, count):
+def tile_stats(value, in_tile, count, EXACT: tl.constexpr):
     """(mean, M2) over the rows of a float32 tile [rows, columns] for which in_tile [rows] holds; count is
     their number.
 
-    Corrected two-pass (Chan, Golub and LeVeque 1983, eq. 1.7): the second term removes the rounding error of
-    the mean."""
+    EXACT: corrected two-pass (Chan, Golub and LeVeque 1983, eq. 1.7): the second term removes the rounding error
+    of the mean. Values rounded to 16 bits need none: it is far below their resolution."""
     rows = in_tile[:, None]
-    mean = tl.sum(tl.where(rows, value, 0.0), 0) / count
+    each = 1.0 / count
+    mean = tl.sum(tl.where(rows, value, 0.0), 0) * each
     deviation = tl.where(rows, value - mean[None, :], 0.0)
-    residue = tl.sum(deviation, 0) / count
-    return mean + residue, _without_residue(tl.sum(deviation * deviation, 0), residue, count)
+    m2 = tl.sum(deviation * deviation, 0)
+    if EXACT:
+        residue = tl.sum(deviation, 0) * each
+        mean += residue
+        m2 = _without_residue(m2, residue, count)
+    return mean, m2
 
 
 @triton.jit
