@@ -65,7 +65,8 @@ def _shape(primitive, kind, config, classes) -> tuple[int, int]:
     if kind.endswith("unaligned"):
         return 35, 35
     if primitive == "preact_conv_forward":
-        return config.depth, config.columns
+        # More input channels than a persistent kernel takes.
+        return (8 if kind.startswith("pointwise") else 1) * config.depth, config.columns
     if primitive == "preact_conv_dgrad":
         return config.columns, config.depth
     if primitive == "preact_conv_wgrad":
@@ -97,13 +98,15 @@ def convolution_cases(complete: bool) -> list[Case]:
 
 def _cases_of_kind(complete, arch, primitive, precision, kind, classes, members) -> list[Case]:
     dtype = "bfloat16" if precision == "16bit" else "float32"
-    kernel = 1 if kind == "persistent" else 3
+    kernel = 1 if kind.startswith(("persistent", "pointwise")) else 3
     every = [
         Case(
             arch, primitive, precision, kind, c, *_shape(primitive, kind, c, classes), kernel, 1, dtype, True
         )
         for c in members
     ]
+    if kind.endswith("-more"):
+        return every if complete else []
     if not complete:
         # Every kernel on every chip; on sm_90 in 16 bits also its largest tile.
         if precision != "16bit" and (arch != 90 or kind.endswith("unaligned")):

@@ -71,6 +71,8 @@ GOOD = {"format": 1, "key": list(KEY), "configurations": {}, "unfused": {}}
         json.dumps({**GOOD, "configurations": {"a": [1, 2, 3]}}),
         json.dumps({**GOOD, "configurations": {"a": [1, 2, 3, 4, 5, "6"]}}),
         json.dumps({**GOOD, "configurations": {"a": [1, 2, 3, 4, 5, 0]}}),
+        json.dumps({**GOOD, "configurations": {"a": [1, 2, 3, 4, 5, 6, -1]}}),
+        json.dumps({**GOOD, "configurations": {"a": [1, 2, 3, 4, 5, 6, 0, 0]}}),
         json.dumps({**GOOD, "configurations": {"a": 7}}),
         json.dumps({**GOOD, "configurations": []}),
         json.dumps({**GOOD, "unfused": {"a": 1}}),
@@ -163,6 +165,10 @@ def test_configurations_of_this_device():
     tuning.store({problem: config}, {})
     assert tuning.look_up(problem) == config
     assert tuning.look_up(problem._replace(rows=4097)) is None
+    limited = config._replace(registers=128)
+    path = tuning.store({problem: limited}, {})
+    tuning._loaded.clear()
+    assert tuning.look_up(problem) == limited and tuning.read(path, tuning.key()).configurations
 
 
 def test_launching_is_not_timed(monkeypatch):

@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """configurations: problem -> the six numbers of a ``triton_kernels.configs.Config``; unfused: convolution
+    """configurations: problem -> the numbers of a ``triton_kernels.configs.Config``; unfused: convolution
     -> whether the unfused path was faster."""
 
     configurations: dict[str, list[int]]
@@ -93,7 +93,8 @@ def _parse(text: str, of: Key) -> Choices:
         raise ValueError("it is of another format, device or version")
     choices = Choices(data["configurations"], data["unfused"])
     for name, numbers in choices.configurations.items():
-        if len(numbers) != 6 or not all(type(n) is int and n > 0 for n in numbers):
+        # The seventh, a limit, may be 0; files from before it have six.
+        if len(numbers) not in (6, 7) or not all(type(n) is int and n >= (i < 6) for i, n in enumerate(numbers)):
             raise ValueError(f"{name} has the configuration {numbers}")
     if not all(type(faster) is bool for faster in choices.unfused.values()):
         raise ValueError("a choice is neither true nor false")

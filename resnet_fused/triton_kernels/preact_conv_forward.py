@@ -234,7 +234,7 @@ class Plan:
                 **config.options,
             )
         else:
-            config = configs.select(on, name, product, "tiled", **sizes)
+            config = configs.select(on, name, product, "pointwise" if g.pointwise else "tiled", **sizes)
             tiles, tiles_k = ceil_div(g.out_pixels, config.rows), ceil_div(g.k, config.columns)
             steps = ceil_div(g.c, config.depth) * g.taps
             self.main = Launch(
