@@ -1,10 +1,10 @@
 """Every Triton kernel and shipped configuration is compiled for sm_80, sm_90 and sm_100, without a GPU.
 
 A configuration fails if it spills registers to local memory, wants more shared memory than the chip has, or,
-on sm_90, does not use wgmma in 16 bits, or has ptxas serialise it (warnings C75xx). `make test` compiles a part (every kernel on every chip, the largest
-tiles); RESNET_FUSED_COMPILE=all, or `python tests/test_triton_compile.py` which prints a table, compiles
-everything: 4 minutes on 2 cores. Another Triton's code is checked by `pip install --no-deps --target FOLDER
-triton==3.6.0` and PYTHONPATH=FOLDER."""
+on sm_90, does not use wgmma in 16 bits, or has ptxas serialise it. `make test` compiles a part (every kernel on
+every chip, the largest tiles); RESNET_FUSED_COMPILE=all, or `python tests/test_triton_compile.py` which prints a
+table, compiles everything: 4 minutes on 2 cores. Another Triton's code is checked by `pip install --no-deps
+--target FOLDER triton==3.6.0` and PYTHONPATH=FOLDER."""
 
 import os
 import re

@@ -394,7 +394,7 @@ def test_configurations():
     many = configs.select(on, "preact_conv_forward", "16bit", "tiled", rows=10**6, columns=128, depth=128)
     few = configs.select(on, "preact_conv_forward", "16bit", "tiled", rows=1000, columns=128, depth=128)
     assert few.rows * few.columns < many.rows * many.columns
-    sizes = dict(columns=256, depth=512)
+    sizes = {"columns": 256, "depth": 512}
     pointwise = configs.select(on, "preact_conv_forward", "16bit", "pointwise", rows=10**6, **sizes)
     limited = many._replace(registers=128)
     assert pointwise == (limited if configs.LIMITS else many)
@@ -402,7 +402,7 @@ def test_configurations():
     for kind, default in (("tiled", many), ("pointwise", pointwise)):
         tried = configs.candidates(on, "preact_conv_forward", "16bit", kind, **sizes)
         assert tried[0] == default and many._replace(stages=4) in tried
-    narrow = dict(rows=10**6, columns=64, depth=512)
+    narrow = {"rows": 10**6, "columns": 64, "depth": 512}
     assert configs.select(on, "preact_conv_forward", "16bit", "pointwise", **narrow) == configs.select(
         on, "preact_conv_forward", "16bit", "tiled", **narrow
     )

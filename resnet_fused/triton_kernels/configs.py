@@ -37,9 +37,8 @@ from .launch import Target
 
 #: The shortest reduction step that the matrix units of every supported chip take.
 MIN_DEPTH = 16
-#: Whether limits on registers are for this Triton: 3.9, which gives ptxas another register allocation, spills under
-#: every one of the shipped.
-LIMITS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+#: Whether limits on registers are for this Triton: code of 3.8 and newer spills under every one of the shipped.
+LIMITS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 #: A configuration fills the chip if it gives this share of the multiprocessors a tile.
 _FULL = 0.75
 
