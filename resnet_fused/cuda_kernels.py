@@ -26,10 +26,11 @@ _OLDEST = (8, 0)
 # reach: these kernels use mma.sync on every chip, the library wgmma on Hopper.
 _BYTES_PER_SECOND = 4.3e12
 _FLOPS_PER_SECOND = {2: 7.9e14, 4: 3.9e14}
-_OURS, _LIBRARY = 0.35, 0.7
-# Our weight gradient's tile of 64 x 64 does 32 flops (float32: 16) for each byte that comes from L2: at its 5.5e12
-# bytes a second, 0.23 of the matrix rate at most.
-_OUR_WGRAD = 0.2
+_LIBRARY = 0.7
+_OURS = {"cuda": 0.35, "triton": 0.45}  # mma.sync; wgmma
+# Tiles of 64 x 64 of a weight gradient do 32 flops (float32: 16) for each byte that comes from L2: at its 5.5e12
+# bytes a second, 0.23 of the matrix rate at most; Triton's of 64 x 128 a third more.
+_OUR_WGRAD = {"cuda": 0.2, "triton": 0.3}
 # A launch and the gap before the kernel that waits for it on the same stream: typically a few microseconds;
 # unmeasured here. Counted for the elementwise passes and merges that only the unfused path has.
 _LAUNCH_SECONDS = 2.5e-6
@@ -144,7 +145,7 @@ def declines(primitive: str, dtype: torch.dtype, geometry=None) -> str | None:
     return None
 
 
-def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
+def expected_faster(primitive: str, dtype: torch.dtype, geometry, backend: str = "cuda") -> bool:
     """Whether a fused convolution should beat the unfused path at this shape, by a model: nothing is measured.
 
     The unfused path writes and reads a normalised copy of x (in the input gradient, one more gradient of x)
@@ -152,6 +153,9 @@ def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
     most of a CIFAR net's and the 1x1 ones of others are, or takes little longer than a launch, fusing should win;
     where it is bound by arithmetic, the library. A unit whose convolutions all go one way is one call
     (ops/whole_unit.py); differences below a launch would divide small ones for nothing.
+
+    Args:
+        backend: "cuda" or "triton"; where nothing was measured, the model is asked of Triton's kernels, too.
     """
     n, c, h, w = geometry.input
     k, _, r, s = geometry.weight
@@ -164,12 +168,12 @@ def expected_faster(primitive: str, dtype: torch.dtype, geometry) -> bool:
     # Bytes that our kernel moves, that the library's convolutions move, and the elementwise passes beside these;
     # launches of the latter (forward: activation, statistics and their merge).
     ours, library, elementwise, launches = {
-        "preact_conv_forward": (x + y, x + y, 2 * x, 3),
+        "preact_conv_forward": (x + y, x + y, 2 * x + y, 3),
         "preact_conv_dgrad": (2 * x + y, x + y, 3 * x, 2),
         "preact_conv_wgrad": (x + y, x + y, 2 * x, 1),
         "preact_conv_backward_1x1": (2 * x + y, 2 * (x + y), 5 * x, 3),
     }[primitive]
-    our_share = _OUR_WGRAD if primitive == "preact_conv_wgrad" else _OURS
+    our_share = (_OUR_WGRAD if primitive == "preact_conv_wgrad" else _OURS)[backend]
     if primitive == "preact_conv_backward_1x1":
         flops *= 2
 

@@ -9,7 +9,7 @@ import torch
 import resnet_fused as rf
 from resnet_fused import cuda_kernels, triton_kernels
 from resnet_fused.ops.whole_unit import UnitShapes, _Choices
-from resnet_fused.primitives import dispatch
+from resnet_fused.primitives import dispatch, tuning
 from resnet_fused.primitives.dispatch import ConvGeometry
 
 CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
@@ -112,7 +112,8 @@ def test_large_3x3_convolutions_are_the_librarys(library, name, batch, size):
     for shape, units in set_of(units_of(name, batch, size)):
         x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=shape)
         for geometry in _Choices(x, units).convolutions:
-            if geometry.weight[2] == 3 and geometry.stride == (1, 1):
+            # A net's first unit reads 16 channels: less arithmetic than memory.
+            if geometry.weight[2] == 3 and geometry.stride == (1, 1) and geometry.weight[1] >= 64:
                 for primitive in CONVOLUTIONS:
                     assert dispatch.choose(primitive, "cuda", torch.bfloat16, geometry).backend == "unfused"
 
@@ -171,8 +172,14 @@ def test_then_triton_then_unfused(library, monkeypatch, tmp_path):
     odd = NARROW._replace(weight=(17, 64, 1, 1))
     choice = dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, odd)
     assert choice == ("triton", "triton kernel; 64 and 17 channels are not multiples of 8")
-    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, WIDE).backend == "triton"
+    between = ConvGeometry((256, 64, 56, 56), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, between).backend == "triton"
     assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, NARROW).backend == "cuda"
+    wide = dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, WIDE)
+    assert wide.backend == "unfused" and "the triton kernel is expected to be slower" in wide.reason
+    name = tuning.convolution_name("preact_conv_forward", torch.bfloat16, WIDE)
+    tuning.store({}, {name: False})
+    assert dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, WIDE).backend == "triton"
     grouped = dispatch.choose("preact_conv_forward", "cuda", torch.bfloat16, NARROW._replace(groups=2))
     assert grouped.backend == "unfused"
     assert grouped.reason == "the cuda kernels do not take groups=2; the triton kernels do not take groups=2"

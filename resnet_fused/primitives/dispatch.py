@@ -151,9 +151,12 @@ class record_dispatch:
         _logs[:] = [log for log in _logs if log is not self._log]
 
 
-def prefer_unfused(primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry) -> bool:
-    """Whether the unfused path was measured to be faster than the fused kernel at this shape (``tuning``)."""
-    return device_type == "cuda" and tuning.prefers_unfused(primitive, dtype, geometry)
+def prefer_unfused(
+    primitive: str, device_type: str, dtype: torch.dtype, geometry: ConvGeometry
+) -> bool | None:
+    """Whether the unfused path was measured to be faster than the fused kernel at this shape (``tuning``); None: it
+    was not measured."""
+    return tuning.prefers_unfused(primitive, dtype, geometry) if device_type == "cuda" else False
 
 
 def _cpu_declines(primitive: str, dtype: torch.dtype, geometry: ConvGeometry | None) -> str | None:
@@ -201,10 +204,11 @@ def _slower(
     """Why "auto" passes by a backend that does not decline, or None."""
     if geometry is None:
         return None
-    if backend == "cuda" and not cuda_kernels.expected_faster(primitive, dtype, geometry):
-        return "the cuda kernel is expected to be slower at this shape (by a model; nothing is measured)"
-    if backend != "cuda" and prefer_unfused(primitive, device_type, dtype, geometry):
+    measured = None if backend == "cuda" else prefer_unfused(primitive, device_type, dtype, geometry)
+    if measured:
         return "the unfused path was measured to be faster at this shape"
+    if measured is None and not cuda_kernels.expected_faster(primitive, dtype, geometry, backend):
+        return f"the {backend} kernel is expected to be slower at this shape (by a model; nothing is measured)"
     return None
 
 

@@ -182,9 +182,9 @@ def look_up(problem: NamedTuple):
     return importlib.import_module("resnet_fused.triton_kernels.configs").Config(*numbers)
 
 
-def prefers_unfused(primitive: str, dtype: torch.dtype, geometry: NamedTuple) -> bool:
-    """Whether the unfused path was measured to be faster on the current device."""
-    return _current().unfused.get(convolution_name(primitive, dtype, geometry), False)
+def prefers_unfused(primitive: str, dtype: torch.dtype, geometry: NamedTuple) -> bool | None:
+    """Whether the unfused path was measured to be faster on the current device; None: it was not measured."""
+    return _current().unfused.get(convolution_name(primitive, dtype, geometry))
 
 
 def store(configurations: Mapping[NamedTuple, NamedTuple], unfused: Mapping[str, bool]) -> Path:
