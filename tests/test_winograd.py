@@ -157,6 +157,33 @@ def test_overflow_inside_only(shape, where, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [100.0, 1e4, 1e6])
+@pytest.mark.parametrize("where", ["image", "pixel"])
+@pytest.mark.parametrize("shape", [Shape(8, 16, 4, 4, 16), Shape(4, 64, 8, 8, 64), Shape(2, 16, 19, 21, 32)], ids=str)
+def test_large_values_elsewhere_cost_nothing(shape, where, factor, dtype):
+    """What an output does not depend on, and no tile that it is computed in, does not take digits from it: other
+    images, and pixels further away than a tile and its border. (Of dweight every value sees all pixels.)"""
+    x, dy, weight = given = tensors(shape, torch.randn, dtype)
+    for t in (x, dy):
+        (t[0] if where == "image" else t[0, :, 1, 1]).mul_(factor)
+    far = torch.ones(shape.n, 1, x.shape[2], x.shape[3], dtype=torch.bool)
+    far[0, :, :8, :8] = False  # tiles of 4x4 that read x[0, :, 1, 1], and those around
+    if where == "image":
+        far[0] = False
+    plain = plain_three(*given, shape.padding)
+    oracle = plain_three(*(t.double() for t in given), shape.padding)
+
+    def check(backend):
+        if backend == "unfused" and not library_has_kernels(dtype, x.device):
+            return
+        for name, value in all_three(*given, shape.padding).items():
+            if name != "dweight":
+                assert_trusted(*(torch.where(far, t[name], 0) for t in ({name: value}, plain, oracle)), name)
+
+    on_every_backend(check)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_with_any_number_of_threads(cpu_library, threads, dtype):
     given = tensors(Shape(70, 16, 4, 6, 40), torch.randn, dtype)
     results = []

@@ -134,34 +134,42 @@ RF_INLINE Vec<Acc<T>> load_activation(const T* x, int64_t channel, int valid, co
   return load(buffer);
 }
 
-// Notes the largest magnitude that goes into a band, or does not.
-struct NotLargest {
-  template <typename V> RF_INLINE_METHOD void see(V) {}
+// Notes the largest magnitudes that go into a band, kNotePixels neighbours of a row together, or does not.
+constexpr int64_t kNotePixels = 4;
+struct NotNoted {
+  static constexpr bool kNotes = false;
 };
-struct Largest {
-  vfloat lanes = {};
-  RF_INLINE_METHOD void see(vfloat v) {
-    const vfloat size = magnitude(v);
-    lanes = size > lanes ? size : lanes;
-  }
-  float value() const {
-    float largest = 0;
-    for (int lane = 0; lane < kLanes<float>; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
-    return largest;
+struct LargestMagnitudes {
+  static constexpr bool kNotes = true;
+  float* at;      // [row][group of pixels][vector]; of all channel blocks so far
+  int64_t groups;
+  RF_INLINE_METHOD float* of(int64_t row, int64_t col) const {
+    return at + (row * groups + col / kNotePixels) * kLanes<float>;
   }
 };
 
-// One block (a vector of units) of each of `pixels` pixels, `step` apart in x.
+// One block (a vector of units) of each of `pixels` pixels, `step` apart in x. note: of `row`, the first one in `col`.
 template <typename M, typename T, typename Note>
 RF_INLINE void fill_blocks(typename M::Unit* out, const T* x, int64_t step, int64_t pixels, int64_t channel, int64_t channels,
-                           const Prologue<Acc<T>>& pro, Note& note) {
+                           const Prologue<Acc<T>>& pro, const Note& note, int64_t row, int64_t col) {
   if constexpr (M::kUnitChannels == 1) {
     constexpr int L = kLanes<Acc<T>>;
     const int valid = int(min64(L, channels - channel));
-    for (int64_t p = 0; p < pixels; ++p) {
+    const auto fill = [&](int64_t p) __attribute__((always_inline)) {
       const Vec<Acc<T>> v = rounded_activation<T>(load_activation<T>(x + p * step + channel, channel, valid, pro));
       store(out + p * L, v);
-      note.see(v);
+      return v;
+    };
+    if constexpr (Note::kNotes) {
+      for (int64_t p = 0; p < pixels;) {
+        float* const at = note.of(row, col + p);
+        const int64_t end = min64(pixels, p + kNotePixels - (col + p) % kNotePixels);
+        vfloat most = load(at);
+        for (; p < end; ++p) most = larger(most, magnitude(fill(p)));
+        store(at, most);
+      }
+    } else {
+      for (int64_t p = 0; p < pixels; ++p) fill(p);
     }
   } else {
 #if RF_LEVEL >= 3
@@ -171,8 +179,8 @@ RF_INLINE void fill_blocks(typename M::Unit* out, const T* x, int64_t step, int6
 }
 
 // Fills a band from an image [height, width, channels]. Outside the image: zero, for padding comes after the activation.
-template <typename M, typename T, typename Note = NotLargest>
-static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* image, int64_t height, int64_t width,
+template <typename M, typename T, typename Note = NotNoted>
+static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* image, int64_t height, int64_t width,
                       int64_t row0, int64_t col0, const Prologue<Acc<T>>& pro, Note note = {}) {
   constexpr int B = kBlock<M>;
   const int64_t block_channels = int64_t(B) * M::kUnitChannels;
@@ -194,12 +202,11 @@ static Note fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
         const int64_t end = max64(begin, divide_up(max64(0, inside_end - residue), b.col_stride));
         memset(out, 0, size_t(begin) * B * sizeof(typename M::Unit));
         fill_blocks<M, T>(out + begin * B, in + (begin * b.col_stride + residue) * step, b.col_stride * step, end - begin,
-                          channel, b.channels, pro, note);
+                          channel, b.channels, pro, note, row, begin);
         memset(out + end * B, 0, size_t(b.plane - end) * B * sizeof(typename M::Unit));
       }
     }
   }
-  return note;
 }
 
 // ----------------------------------------------------------------------------------------------------- register tile

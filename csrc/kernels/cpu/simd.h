@@ -158,6 +158,12 @@ RF_INLINE vfloat store_product(bf16* p, vfloat v) {
 #endif
 }
 RF_INLINE vfloat magnitude(vfloat v) { return (vfloat)((vuint32)v & 0x7fffffffu); }
+RF_INLINE vfloat larger(vfloat a, vfloat b) { return b > a ? b : a; }
+RF_INLINE float largest_lane(vfloat v) {
+  float most = v[0];
+  for (int lane = 1; lane < kLanes<float>; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+}
 
 // The activation as it is multiplied. At the bf16 level by the CPU's own conversion, as in a product of pairs.
 template <typename T> RF_INLINE Vec<Acc<T>> rounded_activation(Vec<Acc<T>> v) {

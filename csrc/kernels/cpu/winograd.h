@@ -131,7 +131,8 @@ template <typename T> static bool winograd_fits(const ConvGeometry& g) {
                     : weights <= min64(400 * 400, 2400 * tiles));
 }
 
-// A sum is at most bound = (largest input) * (sum of the weights' magnitudes). Its grid is 2^-18 of the power of two below
+// A sum is at most bound = (its tile's largest input) * (sum of the weights' magnitudes): what is elsewhere in the image, or in
+// another one, must not cost it digits. Its grid is 2^-18 of the power of two below
 // that: adding and subtracting 48 times this power rounds to it.
 struct Grid {
   vfloat offset;
@@ -256,11 +257,14 @@ template <typename F> RF_INLINE void transform_inputs(float* out, int64_t step, 
   }
 }
 
-// A^T m A of `count` neighbouring tiles of one vector of channels, as rows of pixels, `row_step` apart.
+// A^T m A of `count` neighbouring tiles of one vector of channels, as rows of pixels, `row_step` apart. largest: [tile];
+// norm: of the vector's weights.
 template <typename F>
-RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, int64_t step, int64_t count) {
+RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, int64_t step, int64_t count,
+                                 const float* largest, vfloat norm) {
   constexpr int L = kLanes<float>, P = F::kPoints, TILE = F::kTile;
   for (int64_t tile = 0; tile < count; ++tile, m += L, out += TILE * L) {
+    const Grid grid = F::kGrid ? Grid::of(largest[tile], norm) : Grid{};
     vfloat columns[TILE][P];
 #pragma GCC unroll 6
     for (int j = 0; j < P; ++j) {
@@ -276,7 +280,7 @@ RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, i
       vfloat y[TILE];
       F::output(columns[r], y);
 #pragma GCC unroll 4
-      for (int j = 0; j < TILE; ++j) store(out + r * row_step + j * L, y[j]);
+      for (int j = 0; j < TILE; ++j) store(out + r * row_step + j * L, F::kGrid ? grid.round(y[j]) : y[j]);
     }
   }
 }
@@ -362,14 +366,13 @@ constexpr int kRunPixels = RF_VECTOR_REGISTERS == 32 ? 16 : 6;
 
 // The epilogue of NP pixels that the inverse transform has left in memory.
 template <typename E, int NP>
-__attribute__((noinline)) void winograd_run(float* in, const Grid* grid, const E& epilogue, int64_t channel, int64_t pixel,
-                                            int64_t done, vfloat* probe) {
+__attribute__((noinline)) void winograd_run(float* in, const E& epilogue, int64_t channel, int64_t pixel, int64_t done,
+                                            vfloat* probe) {
   constexpr int L = kLanes<float>;
   vfloat column[NP], finite = *probe;
 #pragma GCC unroll 16
   for (int p = 0; p < NP; ++p) {
     column[p] = load(in + p * L);
-    if (grid) column[p] = grid->round(column[p]);
     finite += column[p] * 0.f;
   }
   *probe = finite;
@@ -378,7 +381,7 @@ __attribute__((noinline)) void winograd_run(float* in, const Grid* grid, const E
   for (int p = 0; p < NP; ++p) store(in + p * L, column[p]);
   epilogue.lanes(in, NP, channel, pixel, done);
 }
-template <typename E> using WinogradRun = void (*)(float*, const Grid*, const E&, int64_t, int64_t, int64_t, vfloat*);
+template <typename E> using WinogradRun = void (*)(float*, const E&, int64_t, int64_t, int64_t, vfloat*);
 template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
   switch (pixels) {
     case 1: return winograd_run<E, 1>;
@@ -403,10 +406,11 @@ template <typename E> static WinogradRun<E> winograd_run_of(int64_t pixels) {
 }
 
 // The outputs [images][out_rows][out_cols] of a task, in the blocks [first_block, last_block) of channels; image i from pixel
-// first_pixel + i * image_pixels. `bands`: one band per image, each with two more rows and columns than its tiles; largest:
-// magnitude in them. Returns whether all sums were finite; if not, the outputs are to be computed again.
+// first_pixel + i * image_pixels. `bands`: one band per image, each with two more rows and columns than its tiles; largest: of
+// each tile, where sums are rounded to a grid. Returns whether all sums were finite; if not, the outputs are to be computed
+// again.
 template <typename F, typename E>
-static bool winograd_bands(const float* bands, float largest, const BandLayout& b, int64_t images, const float* packed,
+static bool winograd_bands(const float* bands, const float* largest, const BandLayout& b, int64_t images, const float* packed,
                            const float* norms, const PackLayout& pack, int64_t out_rows, int64_t out_cols, int64_t first_pixel,
                            int64_t image_pixels, int64_t first_block, int64_t last_block, const E& epilogue,
                            Prefetcher& next) {
@@ -455,21 +459,20 @@ static bool winograd_bands(const float* bands, float largest, const BandLayout& 
               input, inputs + position * input_step + begin * L, w, products, 0, begin, position * product_step);
         }
       }
-      Grid grids[2];
-      for (int v = 0; v < vectors; ++v) grids[v] = Grid::of(largest, load(norms + block * kOutBlock<float> + v * L));
       int64_t done = pixels_before;
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t image = (row0 + row) / strips.tile_rows, out_row = (row0 + row) % strips.tile_rows * F::kTile;
         for (int v = 0; v < vectors; ++v)
           transform_outputs<F>(outputs + v * F::kTile * row_step, row_step,
-                               products.product + v * products.vector_step + row * cols * L, product_step, cols);
+                               products.product + v * products.vector_step + row * cols * L, product_step, cols,
+                               largest + (row0 + row) * strips.tile_cols + col0, load(norms + block * kOutBlock<float> + v * L));
         const int64_t pixel = first_pixel + image * image_pixels + out_row * out_cols + F::kTile * col0;
         for (int64_t r = 0; r < min64(F::kTile, out_rows - out_row); ++r)
           for (int64_t i = 0; i < runs; ++i) {
             const int64_t begin = split_begin(strip_cols, runs, i), count = split_begin(strip_cols, runs, i + 1) - begin;
             for (int v = 0; v < vectors; ++v)  // neighbours in memory one after the other: they may share a streamed line
-              winograd_run_of<E>(count)(outputs + (v * F::kTile + r) * row_step + begin * L, F::kGrid ? &grids[v] : nullptr,
-                                        epilogue, block * kOutBlock<float> + v * L, pixel + r * out_cols + begin, done, &probe);
+              winograd_run_of<E>(count)(outputs + (v * F::kTile + r) * row_step + begin * L, epilogue,
+                                        block * kOutBlock<float> + v * L, pixel + r * out_cols + begin, done, &probe);
             done += count;
           }
       }
@@ -523,8 +526,29 @@ template <typename T> static WinogradPlan plan_winograd(const WinogradProblem& p
   return plan;
 }
 
-template <bool GRID> struct NoteOf { typedef NotLargest type; };
-template <> struct NoteOf<true> { typedef Largest type; };
+// A band of an image, and the largest magnitude of each of its tiles where F has a grid: of the pixels in it and up to two more
+// than it reads on the right, as they were noted.
+template <typename F, typename T>
+static void fill_winograd_band(float* band, float* largest, const BandLayout& b, const T* image, int64_t height, int64_t width,
+                               int64_t row0, int64_t col0, const Prologue<float>& prologue) {
+  if constexpr (!F::kGrid) {
+    fill_band<ModeF32, T>(band, b, image, height, width, row0, col0, prologue);
+  } else {
+    static_assert(F::kTile == kNotePixels, "a tile begins where a group does");
+    const int64_t groups = divide_up(b.cols, kNotePixels);
+    const size_t bytes = size_t(b.rows * groups) * kLanes<float> * sizeof(float);
+    const LargestMagnitudes noted = {static_cast<float*>(thread_scratch(kScratchTile, bytes)), groups};
+    memset(noted.at, 0, bytes);
+    fill_band<ModeF32, T>(band, b, image, height, width, row0, col0, prologue, noted);
+    for (int64_t row = 0; row + F::kPoints <= b.rows; row += F::kTile)
+      for (int64_t col = 0; col + F::kPoints <= b.cols; col += F::kTile) {
+        vfloat most = {};
+        for (int64_t r = row; r < row + F::kPoints; ++r)
+          most = larger(most, larger(load(noted.of(r, col)), load(noted.of(r, col + F::kTile))));
+        *largest++ = largest_lane(most);
+      }
+  }
+}
 
 // `input`: [n, in_h, in_w, in_channels]; make_epilogue(part, first_channel, last_channel) starts the epilogue of these
 // channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were
@@ -534,27 +558,26 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
                                  const Prologue<float>& prologue, const void* weight, const WeightLayout& layout,
                                  bool turned, const T* const (&beside)[2], const MakeEpilogue& make_epilogue) {
   typedef FilterOf<T> F;
-  typedef typename NoteOf<F::kGrid>::type Note;
   const WinogradProblem& p = plan.p;
   const PackLayout pack = make_pack<ModeF32>(p.in_channels, p.out_channels, F::kPositions);
   float* const packed = static_cast<float*>(thread_scratch(
       kScratchPack, size_t(winograd_packed_floats<F>(pack) + winograd_norm_floats(pack)) * sizeof(float)));
   float* const norms = packed + winograd_packed_floats<F>(pack);
   pack_winograd<T>(packed, norms, parallel, pack, weight, layout, turned);
-  const BandLayout largest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
+  const auto tiles_of = [](const BandLayout& b) { return (b.rows - 2) / F::kTile * ((b.cols - 2) / F::kTile); };
+  const BandLayout widest = make_band<ModeF32>(p.in_channels, plan.rows, plan.cols, 1);
   return parallel_all(parallel, plan.tasks(), [&](int64_t task) {
     const int64_t part = task / plan.groups, first_block = plan.first_block(task), last_block = plan.last_block(task);
     const int64_t images = plan.image_count(part), out_rows = plan.row_count(part), row0 = plan.first_row(part) + p.top;
     const BandLayout b = make_band<ModeF32>(p.in_channels, round_up(out_rows, F::kTile) + 2, plan.cols, 1);
-    float* const bands = static_cast<float*>(
-        thread_scratch(kScratchActivation, size_t(plan.images * band_units<ModeF32>(largest)) * sizeof(float)));
-    Note note;
+    const int64_t image_floats = band_units<ModeF32>(widest) + tiles_of(widest);
+    float* const bands =
+        static_cast<float*>(thread_scratch(kScratchActivation, size_t(plan.images * image_floats) * sizeof(float)));
+    float* const largest = bands + plan.images * band_units<ModeF32>(widest);
     for (int64_t i = 0; i < images; ++i)
-      note = fill_band<ModeF32, T, Note>(bands + i * band_units<ModeF32>(b), b,
-                            input + (plan.first_image(part) + i) * p.in_h * p.in_w * p.in_channels, p.in_h, p.in_w, row0,
-                            p.left, prologue, note);
-    float largest = 0;
-    if constexpr (F::kGrid) largest = note.value();
+      fill_winograd_band<F, T>(bands + i * band_units<ModeF32>(b), largest + i * tiles_of(b), b,
+                               input + (plan.first_image(part) + i) * p.in_h * p.in_w * p.in_channels, p.in_h, p.in_w, row0,
+                               p.left, prologue);
     Prefetcher next;
     if (part + 1 < plan.parts) {
       const int64_t image = plan.first_image(part + 1), top = plan.first_row(part + 1) + p.top;
