@@ -108,6 +108,19 @@ def test_links():
     assert stats_of(loaded(x)) is None and stats_of(model.first(x)) is not None
 
 
+def test_changes_elsewhere():
+    """A stem's ReLU in place, and one behind the units, change nothing that units hand to each other."""
+
+    class Net(InTurn):
+        def forward(self, x):
+            x = F.relu_(self.second[1].bn2(x))
+            return F.relu_(super().forward(x))
+
+    model = rf.fuse(Net().double())
+    model(batch())
+    assert state_of(model.first[1]).hands_on() and not state_of(model.second[1]).hands_on()
+
+
 def test_a_saved_tensor_has_no_statistics():
     model, x = rf.fuse(InTurn().double()), batch()
     y, file = model.first(x), io.BytesIO()

@@ -310,7 +310,7 @@ class _Analyst:
                 nodes.append(node)
             return nodes
 
-        is_changed = changed_in_place(traced)
+        is_changed = changed_in_place(traced, units)
         for node in traced.graph.nodes:
             reader = traced.modules[node.target] if node.op == "call_module" else None
             if reader not in units:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import torch
@@ -147,9 +147,13 @@ def match(traced: Trace) -> Match:
         banned |= conflicts
 
 
-def changed_in_place(traced: Trace) -> Callable[[Node], bool]:
-    """Whether anything in a trace changes a node's value, or what shares its memory, in place."""
-    return _Matcher(traced, set()).changed(set())
+def changed_in_place(traced: Trace, fresh: Container[nn.Module]) -> Callable[[Node], bool]:
+    """Whether anything in a trace changes a node's value, or what shares its memory, in place.
+
+    Args:
+        fresh: modules whose results are in memory of their own.
+    """
+    return _Matcher(traced, set()).changed(set(), fresh)
 
 
 class _Matcher:
@@ -446,7 +450,7 @@ class _Matcher:
                     banned.add(op.anchor if isinstance(op, NormOp) else op.add)
         return banned - self.banned
 
-    def changed(self, covered: set[Node]) -> Callable[[Node], bool]:
+    def changed(self, covered: set[Node], fresh: Container[nn.Module] = ()) -> Callable[[Node], bool]:
         """Whether a node's value shares memory with one that a node, of the covered ones aside, changes in place."""
         group: dict[Node, Node] = {}
 
@@ -457,7 +461,7 @@ class _Matcher:
 
         for node in self.nodes:
             group.setdefault(node, node)
-            if self.is_fresh(node):
+            if self.is_fresh(node) or self.module(node) in fresh:
                 continue
             target = self.mutates(node)
             for value in node.all_input_nodes if target is None else [target]:
