@@ -3,12 +3,11 @@ pixels, or tiles of Winograd's (the weight gradient as one matrix product, outpu
 channels (the weight gradient with output channels as lanes), both gradients of a 1x1 in one pass, and weights of
 every layout. Small integers have exact sums, so one wrong index shows."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, backend_in_force, on_every_backend
+from primitive_cases import CL, Shape, acc, name_of
 from tolerances import assert_trusted
 
 from resnet_fused import primitives
@@ -16,27 +15,8 @@ from resnet_fused.primitives import dispatch, reference
 from resnet_fused.primitives.layout import convolution_output_shape
 from resnet_fused.primitives.preact_conv_backward_1x1 import has_kernel
 
-CL = torch.channels_last
 CPU = [b for b in BACKENDS if b.startswith("cpu")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-class Shape(NamedTuple):
-    n: int
-    c: int
-    h: int
-    w: int
-    k: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @property
-    def geometry(self):
-        return self.stride, self.padding, self.dilation, 1
-
-
 FEW_PIXELS = [  # at least 64 K weights
     Shape(1, 257, 3, 5, 260),  # an odd number of pixels, partial vectors on both sides
     Shape(2, 40, 4, 4, 1700),  # several groups of output channels, forward
@@ -87,16 +67,6 @@ POINTWISE = [
     Shape(2, 64, 5, 5, 17),  # an odd number of outputs: no pairs
     Shape(1, 32, 5, 5, 514),  # gradients of neighbouring pixels far apart
 ]
-
-
-def name_of(value):
-    if isinstance(value, Shape):
-        return "x".join(map(str, (value.n, value.c, value.h, value.w))) + f"-k{value.k}-{value.kernel[0]}"
-    return str(value).removeprefix("torch.")
-
-
-def acc(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bn_rows(c, dtype):
