@@ -508,11 +508,16 @@ class TestModes:
         fused(x, norm, conv)
         assert torch.equal(norm[2], before[2]) and torch.equal(norm[3], before[3])
 
-    def test_running_statistics_count_as_changed(self):
+    @pytest.mark.parametrize("momentum", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+    def test_running_statistics_do_not_count_as_changed(self, momentum):
+        """As PyTorch's batch norm leaves them: its node has saved them, and reads them in eval mode only."""
         x, norm, conv, _ = make((2, 3, 5, 5), 4)
-        version = norm[2]._version
-        fused(x, norm, conv)
-        assert norm[2]._version > version
+        norm = (*norm[:5], momentum, norm[6])
+        version, before = norm[2]._version, norm[2].clone()
+        y = F.batch_norm(x, norm[2], norm[3], norm[0], norm[1], True, 0.1)
+        z = fused(x, norm, conv)
+        assert norm[2]._version == version and not torch.equal(norm[2], before)
+        (y.sum() + z.sum()).backward()
 
     @pytest.mark.parametrize("training", [True, False])
     def test_empty_batch(self, backend, training):
