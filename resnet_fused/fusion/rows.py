@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.units import calls_forward_alone, has_global_hooks
+from ..nn.units import calls_forward_alone
 from . import classes
 from .plan import Plan, attach_stats, stats_of
 from .trace import signature_of
-from .unit import captured, plan_for, state_of
+from .unit import plan_for, runs_as_written, state_of
 
 __all__ = ["exchange_sequentials"]
 
@@ -36,7 +36,7 @@ def exchange_sequentials(model: nn.Module) -> None:
 
 @classes.serves(classes.ROWS)
 def _forward(self: nn.Sequential, input: Any) -> Any:
-    if type(input) is not Tensor or captured() or has_global_hooks() or "_is_replica" in self.__dict__:
+    if type(input) is not Tensor or runs_as_written(self):
         return self._plain_forward(input)
     members, x, index = list(self), input, 0
     while index < len(members):

@@ -18,7 +18,7 @@ from .guards import Untraceable
 from .plan import Link, Plan
 from .trace import signature_of, trace
 
-__all__ = ["UnitState", "captured", "convert", "make_plan", "plan_for", "restore", "state_of"]
+__all__ = ["UnitState", "captured", "convert", "make_plan", "plan_for", "restore", "runs_as_written", "state_of"]
 
 _STATE = "_resnet_fused"
 _MOST_PLANS = 16  # of one unit; a forward that is traced anew at every call is cheaper left alone
@@ -99,6 +99,12 @@ def captured() -> bool:
     )
 
 
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a fused module has to run the forward that the user wrote, whatever its plans are."""
+    # A replica of DataParallel lives for one call.
+    return captured() or has_global_hooks() or "_is_replica" in module.__dict__
+
+
 def plan_for(module: nn.Module, signature: tuple) -> Plan | AdapterPlan | None:
     """The plan of a fused unit for a call; None if the forward has to run as it was written."""
     plan = state_of(module).plan(module, signature)
@@ -107,8 +113,7 @@ def plan_for(module: nn.Module, signature: tuple) -> Plan | AdapterPlan | None:
 
 @classes.serves(classes.UNIT)
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A replica of DataParallel lives for one call.
-    if captured() or has_global_hooks() or "_is_replica" in self.__dict__:
+    if runs_as_written(self):
         return self._plain_forward(*args, **kwargs)
     try:
         signature, tensors = signature_of(args, kwargs)

@@ -132,8 +132,8 @@ template <typename T> static bool winograd_fits(const ConvGeometry& g) {
 }
 
 // A sum is at most bound = (its tile's largest input) * (sum of the weights' magnitudes): what is elsewhere in the image, or in
-// another one, must not cost it digits. Its grid is 2^-18 of the power of two below
-// that: adding and subtracting 48 times this power rounds to it.
+// another one, must not cost it digits. Its grid is 2^-18 of the power of two below that: adding and subtracting 48 times this
+// power rounds to it.
 struct Grid {
   vfloat offset;
   RF_INLINE_METHOD static Grid of(float largest, vfloat weights) {
