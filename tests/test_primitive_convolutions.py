@@ -60,16 +60,6 @@ class Plain:
         return Plain._gradient(dy, a, weight, *geometry, [False, True, False])[1].to(weight.dtype)
 
 
-def yardstick(function, *activations):
-    """function(*activations), with a batch of one doubled and halved again. A batch of one takes PyTorch's
-    native convolution, whose sums (MKL's) are more accurate than those of oneDNN, which serves all others.
-    """
-    if activations[0].shape[0] > 1:
-        return function(*activations)
-    twice = (None if t is None else torch.cat((t, t)).contiguous(memory_format=CL) for t in activations)
-    return function(*twice)[:1]
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("dtype", "parameters"),
@@ -101,11 +91,7 @@ class TestConvolutions:
         extras = (self.bias, self.residual) if variant.endswith("residual") else (None, None)
         args = (self.x, bn, self.weight, *extras, 0.0, *shape.geometry)
         oracle = reference.preact_conv_forward(*wide(*args), False)[0]
-        once = yardstick(
-            lambda x, r: reference.preact_conv_forward(x, *args[1:4], r, *args[5:], False)[0],
-            self.x,
-            extras[1],
-        )
+        once = reference.preact_conv_forward(*args, False)[0]
         stepwise = Plain.forward(*args)
         terms = reference.preact_conv_forward(
             *(
@@ -137,12 +123,7 @@ class TestConvolutions:
         dz_in = torch.randn_like(self.x) if joined else None
         args = (self.dy, self.weight, self.x, self.bn, dz_in, 0.1, *shape.geometry)
         oracle = reference.preact_conv_dgrad(*wide(*args))[0]
-        once = yardstick(
-            lambda dy, x, d: reference.preact_conv_dgrad(dy, self.weight, x, self.bn, d, *args[5:])[0],
-            self.dy,
-            self.x,
-            dz_in,
-        )
+        once = reference.preact_conv_dgrad(*args)[0]
         stepwise = Plain.dgrad(*args)
         terms = Plain._gradient(
             self.dy.double().abs(),

@@ -1,59 +1,16 @@
-// What the three convolution kernels share: a padded, channel-blocked copy of a band of input rows in thread-local
-// scratch (normalised and activated on the way), and the register tile that multiplies it by packed weights.
+// What the three convolution kernels share beside the register tile (conv_tile.h): a padded, channel-blocked copy of a band of
+// input rows in thread-local scratch, normalised and activated on the way; how outputs are stored, and how work is cut up.
 //
 // Scratch layout: [channel block][row][column slot][one vector]. The distance between neighbouring columns is one
 // vector, a compile-time constant, so that every operand address of the register tile is base + displacement.
 // Columns are grouped by their residue modulo the stride, which makes a strided convolution read neighbours too.
 #pragma once
 
-#include "../cpu_kernels.h"
 #include "bf16_pairs.h"
-#include "simd.h"
+#include "conv_tile.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
-
-// A mode is how products are formed. Unit: what one multiply reads of the input (a value, or a pair of bf16 values).
-struct ModeF32 {
-  typedef float Unit;
-  typedef float A;
-  typedef vfloat UnitVec;
-  static constexpr int kUnitChannels = 1;
-  RF_INLINE vfloat fma(vfloat acc, float unit, vfloat w) { return acc + splat<float>(unit) * w; }
-};
-struct ModeF64 {
-  typedef double Unit;
-  typedef double A;
-  typedef vdouble UnitVec;
-  static constexpr int kUnitChannels = 1;
-  RF_INLINE vdouble fma(vdouble acc, double unit, vdouble w) { return acc + splat<double>(unit) * w; }
-};
-#if RF_LEVEL >= 3
-// vdpbf16ps: acc[i] += u.lo * w[i].lo + u.hi * w[i].hi, accumulated in float32.
-struct ModeBf16Pair {
-  typedef uint32_t Unit;
-  typedef float A;
-  typedef vuint32 UnitVec;
-  static constexpr int kUnitChannels = 2;
-  RF_INLINE vfloat fma(vfloat acc, uint32_t unit, vuint32 w) {
-    return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)unit), (__m512bh)w);
-  }
-};
-#endif
-
-template <typename M> constexpr int kBlock = RF_VECTOR_BYTES / sizeof(typename M::Unit);  // units in a vector
-template <typename M> RF_INLINE typename M::UnitVec load_units(const typename M::Unit* p) {
-  typename M::UnitVec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// Which mode multiplies activations of type T at this level.
-template <typename T> struct ModeOf { typedef ModeF32 type; };
-template <> struct ModeOf<double> { typedef ModeF64 type; };
-#if RF_LEVEL >= 3
-template <> struct ModeOf<bf16> { typedef ModeBf16Pair type; };
-#endif
 
 // Runs a lambda over tasks on the caller's threads.
 template <typename F> static void parallel_for(const Parallel& parallel, int64_t tasks, const F& body) {
@@ -209,108 +166,7 @@ static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
   }
 }
 
-// ----------------------------------------------------------------------------------------------------- register tile
-
-// Pixels in a register tile: as many accumulators as the register file holds beside the operands.
-constexpr int kTilePixels = RF_VECTOR_REGISTERS == 32 ? 14 : 6;
-
-template <typename M> struct TileInput {
-  const int64_t* tap_offsets;  // in units, relative to the tile's first pixel
-  int64_t taps;
-  int64_t block_stride;        // units from one channel block to the next
-  int64_t in_units;
-};
-
-// Whether the two vectors of a whole block of output channels are the even and the odd ones: as words of bf16 hold them.
-template <typename M> constexpr bool kPairedOutputs = M::kUnitChannels == 2;
-
-// One step of the reduction: an input unit of every pixel times the weights of every vector.
-template <typename M, int NP, int NV>
-RF_INLINE void multiply_unit(Vec<typename M::A> (&acc)[NP][NV], const typename M::Unit* a, const typename M::Unit* w) {
-  constexpr int B = kBlock<M>, L = kLanes<typename M::A>;
-  typename M::UnitVec wv[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) wv[v] = load_units<M>(w + v * L);
-#pragma GCC unroll 16
-  for (int p = 0; p < NP; ++p) {
-    const typename M::Unit unit = a[p * B];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], unit, wv[v]);
-  }
-}
-
-// acc[pixel][vector] = sum over taps and channel units of in * weight, for NP pixels from `pixel` and NV vectors of output
-// channels from `channel`; then the epilogue, while the sums are in registers. Epilogue:
-//   channels                                                                    number of output channels
-//   vector<NP>(Vec<A>(&column)[NP], channel, pixel, done)                       one whole vector of channels
-//   pair<NP>(Vec<A>(&column)[NP][2], channel, pixel, done)                      two of them, as even and odd channels, instead
-//                                                                               (kPairedOutputs)
-//   lanes(A* column, pixels, channel, pixel, done)                              the channels that are left, [pixel][lane]
-// `done` is the caller's own number.
-template <typename M, int NP, int NV, typename Epilogue>
-__attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M::Unit* in, const typename M::Unit* w,
-                                         const Epilogue& epilogue, int64_t channel, int64_t pixel, int64_t done) {
-  typedef typename M::A A;
-  constexpr int B = kBlock<M>, L = kLanes<A>;
-  Vec<A> acc[NP][NV];
-#pragma GCC unroll 16
-  for (int p = 0; p < NP; ++p)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[p][v] = Vec<A>{};
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const typename M::Unit* a = in + t.tap_offsets[tap];
-    int64_t left = t.in_units;
-    for (; left >= B; left -= B, a += t.block_stride, w += B * NV * L)
-#pragma GCC unroll 4
-      for (int unit = 0; unit < B; ++unit) multiply_unit<M, NP, NV>(acc, a + unit, w + unit * NV * L);
-    for (; left > 0; --left, ++a, w += NV * L) multiply_unit<M, NP, NV>(acc, a, w);
-  }
-  if constexpr (kPairedOutputs<M> && NV == 2)
-    if (channel + 2 * L <= epilogue.channels) return epilogue.template pair<NP>(acc, channel, pixel, done);
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const int64_t k = channel + v * L;
-    if (k + L <= epilogue.channels) {
-      Vec<A> column[NP];
-#pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) column[p] = acc[p][v];
-      epilogue.template vector<NP>(column, k, pixel, done);
-    } else if (k < epilogue.channels) {
-      A column[NP * L];
-#pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) store(column + p * L, acc[p][v]);
-      epilogue.lanes(column, NP, k, pixel, done);
-    }
-  }
-}
-
-template <typename M, typename Epilogue>
-using ConvTile = void (*)(const TileInput<M>&, const typename M::Unit*, const typename M::Unit*, const Epilogue&, int64_t,
-                          int64_t, int64_t);
-
-template <typename M, typename E, int NV> static ConvTile<M, E> conv_tile_of(int pixels) {
-  switch (pixels) {
-    case 1: return conv_tile<M, 1, NV, E>;
-    case 2: return conv_tile<M, 2, NV, E>;
-    case 3: return conv_tile<M, 3, NV, E>;
-    case 4: return conv_tile<M, 4, NV, E>;
-    case 5: return conv_tile<M, 5, NV, E>;
-#if RF_VECTOR_REGISTERS == 32
-    case 6: return conv_tile<M, 6, NV, E>;
-    case 7: return conv_tile<M, 7, NV, E>;
-    case 8: return conv_tile<M, 8, NV, E>;
-    case 9: return conv_tile<M, 9, NV, E>;
-    case 10: return conv_tile<M, 10, NV, E>;
-    case 11: return conv_tile<M, 11, NV, E>;
-    case 12: return conv_tile<M, 12, NV, E>;
-    case 13: return conv_tile<M, 13, NV, E>;
-#endif
-    default: return conv_tile<M, kTilePixels, NV, E>;
-  }
-}
-template <typename M, typename E> static ConvTile<M, E> conv_tile_of(int pixels, int vectors) {
-  return vectors == 2 ? conv_tile_of<M, E, 2>(pixels) : conv_tile_of<M, E, 1>(pixels);
-}
+// --------------------------------------------------------------------------------------------- stores and plans
 
 // An output larger than this will have left the caches before it is read again: it is written past them, which spares reading
 // the lines first. Only where every vector is whole and aligned.

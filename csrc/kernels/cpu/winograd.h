@@ -220,7 +220,7 @@ static void pack_winograd(float* packed, float* norms, const Parallel& parallel,
 template <typename F> static int64_t winograd_packed_floats(const PackLayout& pack) {
   return winograd_block_offset<F>(pack, pack.out_blocks);
 }
-static int64_t winograd_norm_floats(const PackLayout& pack) {
+static inline int64_t winograd_norm_floats(const PackLayout& pack) {
   return divide_up(pack.out_channels, int64_t(kLanes<float>)) * kLanes<float> * divide_up(pack.in_units, kWinogradPackChannels);
 }
 
@@ -352,7 +352,7 @@ struct StoreProducts {
   void lanes(float*, int, int64_t, int64_t, int64_t) const {}
 };
 
-static ConvTile<ModeF32, StoreProducts> products_of(int tiles, int vectors) {
+static inline ConvTile<ModeF32, StoreProducts> products_of(int tiles, int vectors) {
 #if RF_VECTOR_REGISTERS == 32
   static_assert(kStripTiles == 16 && kTilePixels == 14, "two more");
   if (tiles == 16) return conv_tile<ModeF32, 16, 1, StoreProducts>;
