@@ -90,6 +90,13 @@ def bn_rows(c, dtype):
     return reference.finalize_forward(None, 0, mean, var, torch.randn(c), torch.randn(c), 1e-5).to(acc(dtype))
 
 
+def to_tf32(t):
+    """Rounded as cvt.rna.tf32 does: to 10 bits of mantissa, ties away from zero."""
+    bits = t.contiguous(memory_format=CL).view(torch.int32)
+    rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), rounded, t)
+
+
 def wide(*tensors):
     return tuple(t.double() if isinstance(t, torch.Tensor) else t for t in tensors)
 

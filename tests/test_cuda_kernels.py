@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_emulation import ROOT, OnDevice, check_memory, library
-from primitive_cases import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, wide
+from primitive_cases import ELEMENTWISE_SHAPES, activation, bn_rows, check_stats, check_sums, to_tf32, wide
 from tolerances import assert_trusted
 
 from resnet_fused import cuda_kernels
@@ -93,13 +93,6 @@ HALO_SHAPES = [
     Shape(2, 24, 14, 14, 40, 3, 1, 2),
 ]
 SHAPES += HALO_SHAPES
-
-
-def to_tf32(t):
-    """Rounded as cvt.rna.tf32 does: to 10 bits of mantissa, ties away from zero."""
-    bits = t.contiguous(memory_format=CL).view(torch.int32)
-    rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(t.isfinite(), rounded, t)
 
 
 class Case:

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from primitive_cases import CL, Shape, bn_rows, check_activation, check_stats, check_sums, name_of, wide
+from primitive_cases import (
+    CL,
+    Shape,
+    bn_rows,
+    check_activation,
+    check_stats,
+    check_sums,
+    name_of,
+    to_tf32,
+    wide,
+)
 from tolerances import assert_trusted
 
 from resnet_fused.primitives import reference
@@ -178,6 +188,73 @@ def test_backward_1x1(shape, dtype, parameters, joined):
     args = (c.dy, c.x, c.bn, c.weight, slope, *shape.geometry, joined)
     plain, oracle = reference.preact_conv_wgrad(*args), reference.preact_conv_wgrad(*wide(*args))
     check_parameters(gradients, plain, oracle, sum_terms(c, c.bn, slope, shape), c.weight)
+
+
+@pytest.fixture
+def tf32(exact_float32):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.mark.usefixtures("tf32")
+class TestTF32:
+    """float32 where PyTorch's default is in force: operands are rounded to TF32, which is the yardstick's too."""
+
+    @staticmethod
+    def gradients(c, weight, dy, shape):
+        """(dz, dweight), and those of the one kernel for both where there is one."""
+        dz, _ = run(preact_conv_dgrad, dy, weight, c.x, c.bn, None, 0.0, *shape.geometry)
+        dweight, _ = run(preact_conv_wgrad, dy, c.x, c.bn, weight, 0.0, *shape.geometry, False)
+        if shape.kernel != (1, 1) or shape.stride != (1, 1):
+            return [(dz, dweight)]
+        both = run(preact_conv_backward_1x1, dy, weight, c.x, c.bn, None, 0.0, False)
+        return [(dz, dweight), (both[0], both[2])]
+
+    @pytest.mark.parametrize("shape", [*POINTWISE[1:], SPATIAL, STRIDED, SHAPES[-1]], ids=name_of)
+    def test_trusted(self, shape):
+        c = case(shape, torch.float32, torch.float32)
+        a, weight, dy = to_tf32(reference.bn_act_forward(c.x, c.bn, 0.0)), to_tf32(c.weight), to_tf32(c.dy)
+        plain = reference.preact_conv_forward(a, None, weight, c.bias, None, 0.0, *shape.geometry, False)[0]
+        args = (c.x, c.bn, c.weight, c.bias, None, 0.0, *shape.geometry, False)
+        oracle = reference.preact_conv_forward(*wide(*args))[0]
+        check_activation("y", run(preact_conv_forward, *args)[0], plain, oracle)
+        plain = (
+            reference.preact_conv_dgrad(dy, weight, c.x, c.bn, None, 0.0, *shape.geometry)[0],
+            reference.preact_conv_wgrad(dy, a, None, weight, 0.0, *shape.geometry, False)[0],
+        )
+        oracle = (
+            reference.preact_conv_dgrad(*wide(c.dy, c.weight, c.x, c.bn, None, 0.0, *shape.geometry))[0],
+            reference.preact_conv_wgrad(*wide(c.dy, c.x, c.bn, c.weight, 0.0, *shape.geometry), False)[0],
+        )
+        for results in self.gradients(c, c.weight, c.dy, shape):
+            for name, *values in zip(("dz", "dweight"), results, plain, oracle, strict=True):
+                assert_trusted(*values, name)
+
+    @pytest.mark.parametrize("shape", [ODD, POINTWISE[-1], SPATIAL, STRIDED], ids=name_of)
+    def test_operands_are_rounded(self, shape):
+        """Rounded before, they give the same bits."""
+        c = case(shape, torch.float32, torch.float32)
+        args = (c.weight, None, None, 0.0, *shape.geometry, False)
+        y = run(preact_conv_forward, c.x, None, *args)[0]
+        args = (to_tf32(c.weight), *args[1:])
+        assert torch.equal(y, run(preact_conv_forward, to_tf32(c.x), None, *args)[0])
+        for results, rounded in zip(
+            self.gradients(c, c.weight, c.dy, shape),
+            self.gradients(c, to_tf32(c.weight), to_tf32(c.dy), shape),
+            strict=True,
+        ):
+            assert all(map(torch.equal, results, rounded))
+
+    def test_not_finite(self):
+        """A NaN of ones alone, as GPUs make them, which would round to a number; inf, and what rounds to it."""
+        x, weight = torch.zeros(1, 16, 4, 4).contiguous(memory_format=CL), torch.eye(16).view(16, 16, 1, 1)
+        nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+        x[0, 0, 0, :2], x[0, 1, 1, :2] = nan, torch.tensor([torch.inf, -torch.inf])
+        x[0, 2, 2, 0] = torch.finfo(torch.float32).max
+        args = (weight, None, None, 0.0, *Shape(1, 16, 4, 4, 16).geometry, False)
+        expected = reference.preact_conv_forward(to_tf32(x), None, *args)[0]
+        assert expected[0, 0, 0, :2].isnan().all() and expected[0, 2, 2, 0] == torch.inf
+        y = run(preact_conv_forward, x, None, *args)[0]
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("dtype", "parameters"), DTYPES, ids=name_of)

@@ -57,3 +57,14 @@ def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
     else:
         d = tl.where(is_active(z, ACTIVATION), da, da * slope)
     return d
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as a matrix product's operand. TF32: rounded to its 10 bits, ties away from zero (``cvt.rna.tf32``); the
+    matrix unit alone would cut the low bits off, every value towards 0."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN's bits can be such that the sum is a number.
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .activation import LEAKY, RELU, activate
+from .activation import LEAKY, RELU, activate, operand
 from .geometry import Convolution, ceil_div, channel_unit, next_power_of_two
 from .launch import PLANS, Launch, Target, on_device_of, precision, target
 from .preact_conv_dgrad import finish_gradient
@@ -45,7 +45,7 @@ def backward_1x1_kernel(
     in_k = k < channels_out
     weight_at = k[:, None] * channels + c[None, :]
     weight_mask = in_k[:, None] & in_c[None, :]
-    weight = tl.load(weight_ptr + weight_at, mask=weight_mask, other=0.0)
+    weight = operand(tl.load(weight_ptr + weight_at, mask=weight_mask, other=0.0), PRECISION)
     mean = tl.load(bn_ptr + c, mask=in_c, other=0.0)
     invstd = tl.load(bn_ptr + channels + c, mask=in_c, other=0.0)
     scale = tl.load(bn_ptr + 2 * channels + c, mask=in_c, other=0.0)
@@ -64,7 +64,8 @@ def backward_1x1_kernel(
         x = tl.load(x_ptr + at, mask=x_mask, other=0.0)
         a = activate(x, scale[None, :], shift[None, :], slope, ACTIVATION)
         a = tl.where(in_m[:, None], a, 0.0)
-        dweight = tl.dot(tl.trans(dy), a, dweight, input_precision=PRECISION)
+        dy = operand(dy, PRECISION)
+        dweight = tl.dot(tl.trans(dy), operand(a, PRECISION), dweight, input_precision=PRECISION)
         da = tl.dot(dy, weight, input_precision=PRECISION)
         finish_gradient(
             da, x, mean, invstd, scale, shift, at, in_m[:, None] & in_c[None, :], in_m, c, in_c, channels, tile,

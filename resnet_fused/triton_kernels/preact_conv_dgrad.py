@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .activation import LEAKY, RELU, activation_gradient, pre_activation
+from .activation import LEAKY, RELU, activation_gradient, operand, pre_activation
 from .geometry import Convolution, ceil_div, channel_unit
 from .launch import PLANS, Launch, Target, on_device_of, precision, target
 from .reduction import OrderedSum
@@ -156,7 +156,8 @@ def conv_dgrad_kernel(
                 dy = tl.load(dy_step, mask=inside[:, None] & in_k[None, :], other=0.0)
             else:
                 dy = tl.load(dy_step, mask=in_k[None, :], other=0.0)
-        acc = tl.dot(dy, weight, acc, input_precision=PRECISION)
+        dy = operand(dy, PRECISION)
+        acc = tl.dot(dy, operand(weight, PRECISION), acc, input_precision=PRECISION)
 
     at = x_row[:, None] * channels + c[None, :]
     mask = in_m[:, None] & in_c[None, :]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .activation import activate, kind
+from .activation import activate, kind, operand
 from .geometry import Convolution, ceil_div, channel_unit
 from .launch import PLANS, Launch, Target, on_device_of, precision, target
 from .reduction import MergeStats, tile_stats
@@ -128,7 +128,8 @@ def conv_forward_kernel(
             if PADDED:
                 # Padding comes after the activation: 0, not act(shift).
                 x = tl.where(inside[:, None], x, 0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        x = operand(x, PRECISION)
+        acc = tl.dot(x, operand(weight, PRECISION), acc, input_precision=PRECISION)
 
     _finish_tile(
         acc, m, in_m, tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M), k, in_k, channels, tile_m,
@@ -162,6 +163,7 @@ def pointwise_forward_kernel(
         weight = tl.load(weight_at)
     else:
         weight = tl.load(weight_at, mask=in_c[:, None], other=0.0)
+    weight = operand(weight, PRECISION)
     if ACTIVATION != 0:
         scale = tl.load(bn_ptr + 2 * channels_in + c, mask=in_c, other=0.0)
         shift = tl.load(bn_ptr + 3 * channels_in + c, mask=in_c, other=0.0)
@@ -178,7 +180,7 @@ def pointwise_forward_kernel(
             x = tl.load(x_at, mask=in_c[None, :], other=0.0)
         if ACTIVATION != 0:
             x = activate(x, scale[None, :], shift[None, :], slope, ACTIVATION)
-        acc = tl.dot(x, weight, input_precision=PRECISION)
+        acc = tl.dot(operand(x, PRECISION), weight, input_precision=PRECISION)
         _finish_tile(
             acc, m, in_m, tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M), k, in_k, channels, tile_m, bias_ptr,
             residual_ptr, y_ptr, partial_ptr, BIAS, RESIDUAL, STATS, WIDE,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .activation import activate, kind
+from .activation import activate, kind, operand
 from .geometry import Convolution, ceil_div, channel_unit, magic_divisor
 from .launch import PLANS, Launch, Target, on_device_of, precision, target
 from .reduction import OrderedSum
@@ -123,7 +123,7 @@ def conv_wgrad_kernel(
             # Padding comes after the activation; pixels past the end must not bring a NaN or inf of shift
             # into the sum.
             x = tl.where(inside, x, 0.0)
-        acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(x, PRECISION), operand(dy, PRECISION), acc, input_precision=PRECISION)
 
     columns = R * S * channels_in
     row = tap * channels_in + c
