@@ -197,7 +197,7 @@ def tf32(exact_float32):
 
 @pytest.mark.usefixtures("tf32")
 class TestTF32:
-    """float32 where PyTorch's default is in force: operands are rounded to TF32, which is the yardstick's too."""
+    """float32 where PyTorch's default is in force: operands are rounded to TF32, as are the yardstick's."""
 
     @staticmethod
     def gradients(c, weight, dy, shape):
@@ -245,7 +245,7 @@ class TestTF32:
             assert all(map(torch.equal, results, rounded))
 
     def test_not_finite(self):
-        """A NaN of ones alone, as GPUs make them, which would round to a number; inf, and what rounds to it."""
+        """A NaN of ones, as GPUs make them, which would round to a number; inf, and what rounds to it."""
         x, weight = torch.zeros(1, 16, 4, 4).contiguous(memory_format=CL), torch.eye(16).view(16, 16, 1, 1)
         nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
         x[0, 0, 0, :2], x[0, 1, 1, :2] = nan, torch.tensor([torch.inf, -torch.inf])

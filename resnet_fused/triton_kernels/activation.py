@@ -61,8 +61,8 @@ def activation_gradient(z, da, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
-    """x as a matrix product's operand. TF32: rounded to its 10 bits, ties away from zero (``cvt.rna.tf32``); the
-    matrix unit alone would cut the low bits off, every value towards 0."""
+    """x as a matrix product's operand. TF32: rounded to its 10 bits, ties away from zero, as ``cvt.rna.tf32``
+    does; the matrix unit alone would cut the low bits off, every value towards 0."""
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         # A NaN's bits can be such that the sum is a number.

@@ -63,9 +63,9 @@ def backward_1x1_kernel(
         x_mask = in_m[:, None] if EVEN_C else in_m[:, None] & in_c[None, :]
         x = tl.load(x_ptr + at, mask=x_mask, other=0.0)
         a = activate(x, scale[None, :], shift[None, :], slope, ACTIVATION)
-        a = tl.where(in_m[:, None], a, 0.0)
+        a = operand(tl.where(in_m[:, None], a, 0.0), PRECISION)
         dy = operand(dy, PRECISION)
-        dweight = tl.dot(tl.trans(dy), operand(a, PRECISION), dweight, input_precision=PRECISION)
+        dweight = tl.dot(tl.trans(dy), a, dweight, input_precision=PRECISION)
         da = tl.dot(dy, weight, input_precision=PRECISION)
         finish_gradient(
             da, x, mean, invstd, scale, shift, at, in_m[:, None] & in_c[None, :], in_m, c, in_c, channels, tile,
