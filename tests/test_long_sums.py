@@ -26,6 +26,8 @@ SHAPES = [
     Shape(2, 3, 64, 64, 64, (7, 7), (2, 2), (3, 3)),  # a stem
     Shape(1, 2048, 1, 1, 1000),  # a classifier
     Shape(1, 96, 9, 9, 96, (3, 3), (1, 1), (2, 2), (2, 2)),
+    Shape(6, 512, 4, 4, 2048),  # weight gradients that the library sums image by image
+    Shape(3, 512, 14, 14, 1024, (1, 1), (2, 2)),
 ]
 # Parts that end within a tap, between taps, and blocks of channels that are not whole.
 PARTS = [

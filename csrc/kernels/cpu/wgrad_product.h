@@ -11,8 +11,10 @@ namespace RF_VARIANT {
 constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on,
 constexpr int64_t kProductWeightsPerPixel = 32;       // more than so many to a pixel
 constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
-constexpr int64_t kProductPass = 128;                 // units of pixels that a tile passes over at once: a run
-constexpr int64_t kReadUnits = 8;                     // of these the operands are read beside each other,
+// Units of pixels that a tile passes over at once: a run. float32 sums of few images must not be much longer than an image's,
+// which the library's are; pairs of bf16 have no such digits to lose.
+template <typename M> constexpr int64_t kProductPass = M::kUnitChannels == 2 ? 128 : 64;
+constexpr int64_t kReadUnits = 8;                     // units of pixels whose operands are read beside each other,
 constexpr int64_t kReadBlocks = 16;                   // so many vectors of input channels, or tiles of output channels, to a task
 constexpr int64_t kRangeBytes = int64_t(512) << 10;   // of the gradients that stay in a core's cache from task to task
 constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most: its sums fill an L1 cache
@@ -61,7 +63,7 @@ template <typename M, typename T> struct WgradProduct {
   };
 
   // Units from one slot to the next: an odd number of vectors, since all of them are written in turn.
-  int64_t slot_units() const { return min64(units, kProductPass) | 1; }
+  int64_t slot_units() const { return min64(units, kProductPass<M>) | 1; }
 
   // [slot][unit][lane] of one run: the channel blocks [first, last) under one tap, units [begin, end). Pixels may lie a
   // multiple of a page apart, so of each as many neighbouring channels are read as there are.
@@ -120,12 +122,12 @@ template <typename M, typename T> struct WgradProduct {
 
   void arrange(Unit* activations, Unit* gradients) const {
     const Prologue<A> prologue = make_prologue<A>(params.bn, g.c, params.slope);
-    const int64_t runs = divide_up(units, kProductPass), taps = g.r * g.s;
+    const int64_t runs = divide_up(units, kProductPass<M>), taps = g.r * g.s;
     const int64_t block_pieces = divide_up(blocks, kReadBlocks), group_pieces = divide_up(groups, kReadBlocks);
     const int64_t pieces = taps * block_pieces + group_pieces;
     parallel_for(params.parallel, runs * pieces, [&](int64_t task) {
       const int64_t run = task / pieces, piece = task % pieces - group_pieces;
-      const int64_t begin = run * kProductPass, end = min64(units, begin + kProductPass);
+      const int64_t begin = run * kProductPass<M>, end = min64(units, begin + kProductPass<M>);
       if (piece < 0) {
         const int64_t first = (piece + group_pieces) * kReadBlocks;
         return arrange_gradients(gradients, first, min64(groups, first + kReadBlocks), begin, end);
@@ -137,7 +139,7 @@ template <typename M, typename T> struct WgradProduct {
   }
 
   void run() const {
-    const int64_t run_units = slots * slot_units() * L, all = divide_up(units, kProductPass) * run_units + units * g.k;
+    const int64_t run_units = slots * slot_units() * L, all = divide_up(units, kProductPass<M>) * run_units + units * g.k;
     Unit* const activations = static_cast<Unit*>(thread_scratch(kScratchPartial, size_t(all) * sizeof(Unit)));
     Unit* const gradients = activations + all - units * g.k;
     arrange(activations, gradients);
@@ -157,11 +159,11 @@ template <typename M, typename T> struct WgradProduct {
       A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t((last - first) * kTileSize) * sizeof(A)));
       GradTile<M> tile = {};
       tile.images = tile.rows = 1;
-      for (int64_t unit = 0; unit < units; unit += kProductPass) {
+      for (int64_t unit = 0; unit < units; unit += kProductPass<M>) {
         tile.fresh = unit == 0;
-        tile.cols = min64(kProductPass, units - unit);
+        tile.cols = min64(kProductPass<M>, units - unit);
         for (int v = 0; v < vectors; ++v)
-          tile.a[v] = activations + unit / kProductPass * run_units + (slot + v) * slot_units() * L;
+          tile.a[v] = activations + unit / kProductPass<M> * run_units + (slot + v) * slot_units() * L;
         for (int64_t group = first; group < last; ++group) {
           const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
           tile.dy = gradients + k * units + unit * outputs;

@@ -115,7 +115,7 @@ template <typename T> constexpr bool kHasWinograd = sizeof(Acc<T>) == sizeof(flo
 template <typename T> static int64_t winograd_tiles(const ConvGeometry& g) {
   return g.n * divide_up(g.p, FilterOf<T>::kTile) * divide_up(g.q, FilterOf<T>::kTile);
 }
-static bool winograd_takes(const ConvGeometry& g) {
+static inline bool winograd_takes(const ConvGeometry& g) {
   return g.r == 3 && g.s == 3 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1 &&
          g.pad_h <= 2 && g.pad_w <= 2;
 }
