@@ -1,6 +1,6 @@
 # make demo    install into .venv, then train fused and plain units side by side
 # make test    install into .venv, then run the tests (PYTEST="-k name" narrows them)
-# make emulated tests the AVX-512 levels of the CPU kernels where the CPU lacks them, emulated, in a copy below build/
+# make emulated tests the AVX-512 and AMX levels of the CPU kernels where the CPU lacks them, emulated, in a copy below build/
 # make bench   install into .venv, then time every primitive and unit
 # make gpu     on a machine with a GPU, in whose Python torch, triton, numpy and pytest are: tests and measures there
 # make build   what the three above do first
@@ -32,7 +32,7 @@ EMULATED := build/avx512-emulated
 emulated: build
 	@mkdir -p $(EMULATED)
 	@cp -ru --preserve=timestamps csrc resnet_fused tests setup.py pyproject.toml README.md LICENSE $(EMULATED)
-	@echo "== Building the AVX-512 levels on an emulator (minutes)"
+	@echo "== Building the AVX-512 and AMX levels on an emulator (minutes)"
 	@cd $(EMULATED); RESNET_FUSED_EMULATE_AVX512=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
 	@cd $(EMULATED); PYTHONPATH=$$PWD $(BIN)/python -m pytest -k "not generic and not avx2" $(PYTEST) tests/test_winograd.py \
 	    tests/test_cpu_algorithms.py tests/test_long_sums.py tests/test_primitive*.py tests/test_max_pool.py tests/test_preact.py

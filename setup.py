@@ -40,10 +40,11 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AVX512_AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # For tests on a CPU that has AVX2 only (make emulated): slow. -O1: the emulator's loops take long to compile.
 if os.environ.get("RESNET_FUSED_EMULATE_AVX512"):
     CXX_FLAGS = [*CXX_FLAGS, "-DRF_EMULATE_AVX512"]
-    AVX512 = AVX512_BF16 = [*AVX2, "-O1", "-include", "tests/avx512_emulator.h"]
+    AVX512 = AVX512_BF16 = AVX512_AMX = [*AVX2, "-O1", "-include", "tests/avx512_emulator.h"]
 # Every multiply-add of the kernels is one rounding where the CPU has FMA, with every compiler: GCC's default,
 # said. psabi: vectors wider than a level's registers are passed between its own functions only.
 VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
@@ -51,7 +52,9 @@ VARIANT_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 CUDA_DTYPES = ("float", "bfloat16", "float16")
 VARIANTS = [("generic", [])]  # position = level, as in cpu_kernels.h
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16)]
+    VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16), ("avx512_amx", AVX512_AMX)]
+# Sources of a level that has only some kernels of its own, and the level before's for the rest.
+VARIANT_SOURCES = {"avx512_amx": ("preact_conv_*.cpp", "table.cpp")}
 
 
 def fail(message):
@@ -266,7 +269,9 @@ class BuildLibraries(build_ext):
         objects += build.objects("cxx", sorted(csrc.glob("kernels/*.cpp")), flags)
         for level, (name, machine) in enumerate(VARIANTS):
             variant = [f"-DRF_VARIANT={name}", f"-DRF_LEVEL={level}", *VARIANT_FLAGS, *machine]
-            objects += build.objects("cxx", sorted(csrc.glob("kernels/cpu/*.cpp")), flags + variant, name)
+            sources = sorted(source for pattern in VARIANT_SOURCES.get(name, ["*.cpp"])
+                             for source in csrc.glob(f"kernels/cpu/{pattern}"))
+            objects += build.objects("cxx", sources, flags + variant, name)
         cpu = build.build(directory / "libresnet_fused_cpu.so", "link", objects, [*link, "-ltorch_cpu"])
         products = {cpu: "lib/libresnet_fused_cpu.so"}
 

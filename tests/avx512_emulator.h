@@ -1,4 +1,5 @@
-// The AVX-512 instructions that the CPU kernels name, in loops over lanes: their levels avx512 and avx512_bf16 on a CPU without them.
+// The AVX-512 and AMX instructions that the CPU kernels name, in loops over lanes: their levels avx512, avx512_bf16 and avx512_amx
+// on a CPU without them.
 // After the definitions in Intel's Intrinsics Guide; products of bfloat16 take denormals as 0 and give none.
 #pragma once
 
@@ -212,3 +213,69 @@ template <typename V> EMULATED void stream(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 }  // namespace emulated
+
+// Matrix tiles: what is not configured traps, what lies behind a tile's rows and columns is 0.
+namespace emulated {
+struct Tiles {
+  uint8_t config[64];
+  alignas(64) uint8_t at[8][16][64];
+};
+static thread_local Tiles tiles;
+static inline int tile_rows(int tile) { return tiles.config[48 + tile]; }
+static inline int tile_row_bytes(int tile) {
+  uint16_t bytes;
+  memcpy(&bytes, tiles.config + 16 + 2 * tile, sizeof bytes);
+  if (tiles.config[0] != 1 || bytes == 0 || bytes > 64 || tile_rows(tile) == 0 || tile_rows(tile) > 16) __builtin_trap();
+  return bytes;
+}
+EMULATED void tile_config(const void* config) {
+  memcpy(tiles.config, config, sizeof tiles.config);
+  memset(tiles.at, 0, sizeof tiles.at);
+}
+EMULATED void tile_release() { memset(&tiles, 0, sizeof tiles); }
+EMULATED void tile_zero(int tile) {
+  tile_row_bytes(tile);
+  memset(tiles.at[tile], 0, sizeof tiles.at[tile]);
+}
+EMULATED void tile_load(int tile, const void* from, int64_t step) {
+  const int bytes = tile_row_bytes(tile);
+  memset(tiles.at[tile], 0, sizeof tiles.at[tile]);
+  for (int row = 0; row < tile_rows(tile); ++row) memcpy(tiles.at[tile][row], static_cast<const char*>(from) + row * step, bytes);
+}
+EMULATED void tile_store(int tile, void* to, int64_t step) {
+  const int bytes = tile_row_bytes(tile);
+  for (int row = 0; row < tile_rows(tile); ++row) memcpy(static_cast<char*>(to) + row * step, tiles.at[tile][row], bytes);
+}
+EMULATED void tile_dot(int sums, int left, int right) {
+  if (tile_row_bytes(left) != 4 * tile_rows(right) || tile_rows(left) != tile_rows(sums) ||
+      tile_row_bytes(right) != tile_row_bytes(sums))
+    __builtin_trap();
+  for (int row = 0; row < tile_rows(sums); ++row) {
+    F32 parts[2] = {}, total;
+    U16 words;
+    memcpy(&words, tiles.at[left][row], sizeof words);
+    for (int k = 0; k < tile_rows(right); ++k) {
+      U16 pairs;
+      memcpy(&pairs, tiles.at[right][k], sizeof pairs);
+      for (int i = 0; i < 16; ++i)
+        for (int half = 0; half < 2; ++half)
+          parts[half][i] = flushed(__builtin_fmaf(from_bf16(words[2 * k + half]), from_bf16(pairs[2 * i + half]), parts[half][i]));
+    }
+    memcpy(&total, tiles.at[sums][row], sizeof total);
+    for (int i = 0; i < 16; ++i) total[i] = flushed(flushed(total[i]) + flushed(parts[0][i] + parts[1][i]));
+    memcpy(tiles.at[sums][row], &total, sizeof total);
+  }
+}
+}  // namespace emulated
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(p) emulated::tile_config(p)
+#define _tile_release() emulated::tile_release()
+#define _tile_zero(tile) emulated::tile_zero(tile)
+#define _tile_loadd(tile, p, step) emulated::tile_load(tile, p, step)
+#define _tile_stored(tile, p, step) emulated::tile_store(tile, p, step)
+#define _tile_dpbf16ps(sums, left, right) emulated::tile_dot(sums, left, right)

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 #: Every backend that can run here, the C++ one at every SIMD level.
 BACKENDS = ["reference", "unfused", *(f"cpu-{level}" for level in cpu_levels())]
 
-_LEVELS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+_LEVELS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "avx512_amx": 4}
 
 
 class backend_in_force:

@@ -169,7 +169,7 @@ struct CpuKernels {
   void (*preact_conv_backward_1x1[kDTypes])(const PreactConvDgradParams&, const PreactConvWgradParams&);
 };
 
-constexpr int kLevels = 4;  // generic, avx2, avx512, avx512_bf16
+constexpr int kLevels = 5;  // generic, avx2, avx512, avx512_bf16, avx512_amx
 
 // The table in force (the best level that this CPU can run, unless a lower one was asked for).
 const CpuKernels& cpu_kernels();

@@ -25,15 +25,30 @@ const CpuKernels& kernels();
 namespace avx512_bf16 {
 const CpuKernels& kernels();
 }
+namespace avx512_amx {
+void add_kernels(CpuKernels& table);
+}
 #endif
 
 namespace {
 
 constexpr const char* kLevelVariable = "RESNET_FUSED_CPU_LEVEL";
 
+#if defined(__x86_64__)
+const CpuKernels& matrix_tiles_table() {
+  static const CpuKernels table = [] {
+    CpuKernels kernels = avx512_bf16::kernels();
+    avx512_amx::add_kernels(kernels);
+    return kernels;
+  }();
+  return table;
+}
+#endif
+
 const CpuKernels& table(int level) {
 #if defined(__x86_64__)
-  if (level >= 3) return avx512_bf16::kernels();
+  if (level >= 4) return matrix_tiles_table();
+  if (level == 3) return avx512_bf16::kernels();
   if (level == 2) return avx512::kernels();
   if (level == 1) return avx2::kernels();
 #endif

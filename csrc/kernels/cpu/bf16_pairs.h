@@ -133,8 +133,8 @@ RF_INLINE void with_word_prologue(const Prologue<float>& p, int64_t channel, int
     f(WordPrologue<Act::kLeaky>(p, channel, n, repeat));
 }
 
-// 32 channels, or the `valid` that there are, of `pixels` pixels, `step` apart, normalised and activated, a vector each. Where
-// a pixel has 16 channels, what follows them in a vector is not written.
+// 32 channels, or the `valid` that there are, of `pixels` pixels, `step` apart, normalised and activated, a vector each: zeros
+// follow them, but where a pixel has 16 channels, what follows in a vector is not written.
 static inline void fill_words(uint32_t* out, const bf16* x, int64_t step, int64_t pixels, int64_t channel, int64_t valid,
                        const Prologue<float>& prologue) {
   constexpr int64_t L = kLanes<float>;
@@ -142,7 +142,7 @@ static inline void fill_words(uint32_t* out, const bf16* x, int64_t step, int64_
   if (!prologue.scale) {
     if (valid >= kWordChannels)
       for (int64_t p = 0; p < pixels; ++p) memcpy(out + p * L, x + p * step, kWordChannels * sizeof(bf16));
-    else if (valid == L)
+    else if (valid == L && channel == 0)
       for (int64_t p = 0; p < pixels; ++p) memcpy(out + p * L, x + p * step, L * sizeof(bf16));
     else
       for (int64_t p = 0; p < pixels; ++p)

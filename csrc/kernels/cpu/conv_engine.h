@@ -7,7 +7,7 @@
 #pragma once
 
 #include "bf16_pairs.h"
-#include "conv_tile.h"
+#include "conv_matrix_tile.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -64,6 +64,10 @@ static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_
   return b;
 }
 template <typename M> static int64_t band_units(const BandLayout& b) { return b.blocks * b.rows * b.slots * kBlock<M>; }
+// With what a tile may read behind it.
+template <typename M> static int64_t band_scratch_units(const BandLayout& b) {
+  return band_units<M>(b) + (M::kUnitChannels == 2 ? kOverreadUnits : 0);
+}
 
 // Null bn means none.
 template <typename A> static Prologue<A> make_prologue(const void* bn, int64_t channels, double slope) {
@@ -228,9 +232,6 @@ class Prefetcher {
   int64_t share_[kMost];
 };
 
-// Splits n pixels into tiles of nearly equal size: first pixel of tile i of `tiles`.
-RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) { return i * (n / tiles) + min64(i, n % tiles); }
-
 // A band's scratch should stay in a core's L2 cache beside the weights.
 constexpr int64_t kBandBytes = 256 * 1024;
 
@@ -255,8 +256,8 @@ constexpr int64_t kEvenTasks = 32;      // fewer runs than this come in a power 
 constexpr int64_t kGroupBlocks = 8;     // of a group at least: the preparation is repeated for each
 template <typename M> static PointwisePlan plan_pointwise(int64_t pixels, int64_t in_channels, int64_t out_blocks) {
   const int64_t pixel_bytes = divide_up(in_channels, int64_t(kBlock<M>) * M::kUnitChannels) * RF_VECTOR_BYTES;
-  const int64_t fit = kBandBytes / 2 / pixel_bytes / kTilePixels;
-  PointwisePlan plan = {pixels, divide_up(pixels, kTilePixels * max64(4, min64(fit, 24))), out_blocks, 1};
+  const int64_t tile = tile_pixels<M>(divide_up(in_channels, M::kUnitChannels)), fit = kBandBytes / 2 / pixel_bytes / tile;
+  PointwisePlan plan = {pixels, divide_up(pixels, tile * max64(4, min64(fit, 24))), out_blocks, 1};
   if (plan.runs < kEvenTasks) {
     int64_t even = 1;
     while (even < plan.runs) even *= 2;

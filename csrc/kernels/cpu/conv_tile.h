@@ -8,20 +8,15 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 
 // A mode is how products are formed. Unit: what one multiply reads of the input (a value, or a pair of bf16 values).
-struct ModeF32 {
-  typedef float Unit;
-  typedef float A;
-  typedef vfloat UnitVec;
+template <typename S> struct ModeOne {
+  typedef S Unit;
+  typedef S A;
+  typedef Vec<S> UnitVec;
   static constexpr int kUnitChannels = 1;
-  RF_INLINE vfloat fma(vfloat acc, float unit, vfloat w) { return acc + splat<float>(unit) * w; }
+  RF_INLINE Vec<S> fma(Vec<S> acc, S unit, Vec<S> w) { return acc + splat<S>(unit) * w; }
 };
-struct ModeF64 {
-  typedef double Unit;
-  typedef double A;
-  typedef vdouble UnitVec;
-  static constexpr int kUnitChannels = 1;
-  RF_INLINE vdouble fma(vdouble acc, double unit, vdouble w) { return acc + splat<double>(unit) * w; }
-};
+typedef ModeOne<float> ModeF32;
+typedef ModeOne<double> ModeF64;
 #if RF_LEVEL >= 3
 // vdpbf16ps: acc[i] += u.lo * w[i].lo + u.hi * w[i].hi, accumulated in float32.
 struct ModeBf16Pair {
@@ -133,14 +128,40 @@ __attribute__((noinline)) void sum_parts(const TileInput<M>& t, const typename M
   end_part();
 }
 
-// acc[pixel][vector] = sum over taps and channel units of in * weight, for NP pixels from `pixel` and NV vectors of output
-// channels from `channel`; then the epilogue, while the sums are in registers. Epilogue:
+// What follows the sums of a tile of NP pixels and NV vectors of output channels from `channel`. Epilogue:
 //   channels                                                                    number of output channels
+//   pixel_step                                                                  pixels of the image from one of the tile to the next
 //   vector<NP>(Vec<A>(&column)[NP], channel, pixel, done)                       one whole vector of channels
 //   pair<NP>(Vec<A>(&column)[NP][2], channel, pixel, done)                      two of them, as even and odd channels, instead
 //                                                                               (kPairedOutputs)
 //   lanes(A* column, pixels, channel, pixel, done)                              the channels that are left, [pixel][lane]
 // `done` is the caller's own number.
+template <typename M, int NP, int NV, typename Epilogue>
+RF_INLINE void finish_tile(Vec<typename M::A> (&acc)[NP][NV], const Epilogue& epilogue, int64_t channel, int64_t pixel,
+                           int64_t done) {
+  typedef typename M::A A;
+  constexpr int L = kLanes<A>;
+  if constexpr (kPairedOutputs<M> && NV == 2)
+    if (channel + 2 * L <= epilogue.channels) return epilogue.template pair<NP>(acc, channel, pixel, done);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const int64_t k = channel + v * L;
+    if (k + L <= epilogue.channels) {
+      Vec<A> column[NP];
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) column[p] = acc[p][v];
+      epilogue.template vector<NP>(column, k, pixel, done);
+    } else if (k < epilogue.channels) {
+      A column[NP * L];
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p) store(column + p * L, acc[p][v]);
+      epilogue.lanes(column, NP, k, pixel, done);
+    }
+  }
+}
+
+// acc[pixel][vector] = sum over taps and channel units of in * weight, for NP pixels from `pixel` and NV vectors of output
+// channels from `channel`; then the epilogue, while the sums are in registers.
 template <typename M, int NP, int NV, typename Epilogue>
 __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M::Unit* in, const typename M::Unit* w,
                                          const Epilogue& epilogue, int64_t channel, int64_t pixel, int64_t done) {
@@ -163,23 +184,7 @@ __attribute__((noinline)) void conv_tile(const TileInput<M>& t, const typename M
       multiply_units<M, NP, NV>(acc, a, w, t.in_units, t.block_stride);
     }
   }
-  if constexpr (kPairedOutputs<M> && NV == 2)
-    if (channel + 2 * L <= epilogue.channels) return epilogue.template pair<NP>(acc, channel, pixel, done);
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const int64_t k = channel + v * L;
-    if (k + L <= epilogue.channels) {
-      Vec<A> column[NP];
-#pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) column[p] = acc[p][v];
-      epilogue.template vector<NP>(column, k, pixel, done);
-    } else if (k < epilogue.channels) {
-      A column[NP * L];
-#pragma GCC unroll 16
-      for (int p = 0; p < NP; ++p) store(column + p * L, acc[p][v]);
-      epilogue.lanes(column, NP, k, pixel, done);
-    }
-  }
+  finish_tile<M, NP, NV>(acc, epilogue, channel, pixel, done);
 }
 
 template <typename M, typename Epilogue>

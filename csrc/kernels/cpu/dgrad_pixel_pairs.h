@@ -17,6 +17,8 @@ constexpr int kPairedTilePixels = 12;
 constexpr int64_t kPairedMostOutputs = 512;
 
 RF_INLINE bool dgrad_fits_pixel_pairs(const ConvGeometry& g) {
+  // Matrix tiles read gradients in whole rows.
+  if (uses_matrix_tiles<ModeBf16Pair>(g.k / 2) && g.k > kWordChannels && g.k % kWordChannels != 0) return false;
   return (g.c == kLanes<float> || g.c % kWordChannels == 0) && g.k % 2 == 0 && g.k <= kPairedMostOutputs;
 }
 
@@ -133,6 +135,22 @@ RF_INLINE void finish_pair(const PairedRun& run, const vfloat (*acc)[kVectors], 
 
 RF_INLINE void add_sum(float* sum, vfloat value) { store(sum, load(sum) + value); }
 
+// What a tile adds to the sums.
+template <int kVectors> RF_INLINE void add_sums(const PairedRun& run, int64_t channel, const PairedSums& sums) {
+  constexpr int L = kLanes<float>;
+  const float* const invstd = run.rows + paired_row(run.channels) + channel;
+  const EvenOdd xhat = {sums.dz_centred.even * load(invstd), sums.dz_centred.odd * load(invstd + L)};
+  if constexpr (kVectors == 2) {
+    add_sum(run.sum_dz + channel, sums.dz.even);
+    add_sum(run.sum_dz + channel + L, sums.dz.odd);
+    add_sum(run.sum_dz_xhat + channel, xhat.even);
+    add_sum(run.sum_dz_xhat + channel + L, xhat.odd);
+  } else {
+    add_sum(run.sum_dz, pixels_sum(sums.dz));
+    add_sum(run.sum_dz_xhat, pixels_sum(xhat));
+  }
+}
+
 // NP pixels from `pixel` on, and kVectors vectors of input channels, whose weights are w.
 template <Act kAct, int kVectors, int NP>
 __attribute__((noinline)) void paired_dgrad_tile(const PairedRun& run, const uint32_t* w, int64_t channel, int64_t pixel) {
@@ -163,22 +181,66 @@ __attribute__((noinline)) void paired_dgrad_tile(const PairedRun& run, const uin
   PairedSums sums = {};
 #pragma GCC unroll 16
   for (int p = 0; p < NP; p += 2) finish_pair<kAct, kVectors, NP == 1 ? 1 : 2>(run, acc + p, channel, pixel + p, sums);
-  const float* const invstd = run.rows + paired_row(run.channels) + channel;
-  const EvenOdd xhat = {sums.dz_centred.even * load(invstd), sums.dz_centred.odd * load(invstd + L)};
-  if constexpr (kVectors == 2) {
-    add_sum(run.sum_dz + channel, sums.dz.even);
-    add_sum(run.sum_dz + channel + L, sums.dz.odd);
-    add_sum(run.sum_dz_xhat + channel, xhat.even);
-    add_sum(run.sum_dz_xhat + channel + L, xhat.odd);
-  } else {
-    add_sum(run.sum_dz, pixels_sum(sums.dz));
-    add_sum(run.sum_dz_xhat, pixels_sum(xhat));
-  }
+  add_sums<kVectors>(run, channel, sums);
 }
+
+#if RF_LEVEL >= 4
+// The same for up to 32 pixels, whose gradients are at dy, in matrix tiles.
+template <Act kAct, int kVectors>
+__attribute__((noinline)) void paired_matrix_tile(const PairedRun& run, const bf16* dy, const uint32_t* w, int64_t channel,
+                                                  int64_t pixel, int64_t count) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t units = run.outputs / 2, step = units < kTileUnits ? units : kTileUnits;
+  const int64_t left_step = run.outputs * int64_t(sizeof(bf16));
+  const bf16* const second = dy + kTileRows * run.outputs;
+  zero_tiles();
+  bool copy = false;
+  for (int64_t unit = 0; unit < units; unit += step, w += step * kVectors * L) {
+    if (kVectors == 2 || !copy)
+      multiply_tiles<kVectors, 0>(dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
+    else
+      multiply_tiles<kVectors, 1>(dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
+    copy = !copy;
+  }
+  alignas(64) float sums[kTileLefts * kVectors * L];
+  store_tiles<kVectors>(sums);
+  PairedSums paired = {};
+  for (int64_t p = 0; p < count; p += 2) {
+    vfloat acc[2][kVectors];
+    for_each_sum(acc, [&](vfloat& sum, int i) __attribute__((always_inline)) { sum = load(sums + (p * kVectors + i) * L); });
+    if (p + 1 < count)
+      finish_pair<kAct, kVectors, 2>(run, acc, channel, pixel + p, paired);
+    else
+      finish_pair<kAct, kVectors, 1>(run, acc, channel, pixel + p, paired);
+  }
+  add_sums<kVectors>(run, channel, paired);
+}
+
+template <Act kAct, int kVectors>
+static void paired_matrix_run(const PairedRun& run, const uint32_t* packed, const PackLayout& pack, int64_t pixels) {
+  begin_convolution<ModeBf16Pair>(pack.in_units);
+  // Of the last tile all rows are read, where there may be no memory behind the last pixel.
+  const int64_t whole = pixels / kTileLefts * kTileLefts, rest = pixels - whole;
+  bf16* const last =
+      static_cast<bf16*>(thread_scratch(kScratchActivation, size_t(kTileLefts * run.outputs) * sizeof(bf16)));
+  if (rest > 0) memcpy(last, run.dy + whole * run.outputs, size_t(rest * run.outputs) * sizeof(bf16));
+  for (int64_t block = 0; block < pack.out_blocks; ++block) {
+    const uint32_t* const w = packed + pack_block_offset<ModeBf16Pair>(pack, block);
+    const int64_t channel = block * kOutBlock<float>;
+    for (int64_t pixel = 0; pixel < whole; pixel += kTileLefts)
+      paired_matrix_tile<kAct, kVectors>(run, run.dy + pixel * run.outputs, w, channel, pixel, kTileLefts);
+    if (rest > 0) paired_matrix_tile<kAct, kVectors>(run, last, w, channel, whole, rest);
+  }
+  end_convolution<ModeBf16Pair>(pack.in_units);
+}
+#endif
 
 // The whole run: pixels in pairs, the odd one by itself.
 template <Act kAct, int kVectors>
 static void paired_dgrad_run(const PairedRun& run, const uint32_t* packed, const PackLayout& pack, int64_t pixels) {
+#if RF_LEVEL >= 4
+  if (uses_matrix_tiles<ModeBf16Pair>(pack.in_units)) return paired_matrix_run<kAct, kVectors>(run, packed, pack, pixels);
+#endif
   const int64_t pairs = pixels / 2, tiles = divide_up(pairs, int64_t(kPairedTilePixels / 2));
   for (int64_t block = 0; block < pack.out_blocks; ++block) {
     const uint32_t* const w = packed + pack_block_offset<ModeBf16Pair>(pack, block);

@@ -164,12 +164,14 @@ template <typename T> struct WeightBlock {
 
 struct PackLayout {
   int64_t in_channels, out_channels;
-  int64_t in_units;   // channel units, padded only to whole units
+  int64_t in_units;   // channel units, padded to whole units; more than a matrix tile's, to whole tiles
   int64_t taps;
   int64_t out_blocks;
 };
 template <typename M> static PackLayout make_pack(int64_t in_channels, int64_t out_channels, int64_t taps) {
-  return PackLayout{in_channels, out_channels, divide_up(in_channels, M::kUnitChannels), taps,
+  const int64_t units = divide_up(in_channels, M::kUnitChannels);
+  const bool tiled = RF_LEVEL >= 4 && M::kUnitChannels == 2 && units > kBlock<M>;
+  return PackLayout{in_channels, out_channels, tiled ? round_up(units, kBlock<M>) : units, taps,
                     divide_up(out_channels, kOutBlock<typename M::A>)};
 }
 // Vectors per unit of an output block: the last block may be narrow.
@@ -267,7 +269,9 @@ static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t ou
   typedef typename M::A A;
   constexpr int L = kLanes<A>, kUnits = kPackChannels / M::kUnitChannels;
   const int vectors = pack_vectors<M>(pack, out_block);
-  const int64_t width = vectors * L;
+  const int64_t width = vectors * L, filled = divide_up(pack.in_channels, M::kUnitChannels);
+  for (int64_t tap = 0; filled < pack.in_units && tap < pack.taps; ++tap)
+    memset(out + (tap * pack.in_units + filled) * width, 0, size_t((pack.in_units - filled) * width) * sizeof(*out));
   if (pack.out_channels - out_block * kOutBlock<A> >= width) {
     bool packed = true;
     for (int64_t tap = 0; packed && tap < pack.taps; ++tap) {
@@ -283,8 +287,8 @@ static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t ou
   WeightBlock<T> block;
   for (int v = 0; v < vectors; ++v) {
     const int64_t first = out_block * kOutBlock<A> + v * L, lanes = min64(L, pack.out_channels - first);
-    for (int64_t unit0 = 0; unit0 < pack.in_units; unit0 += kUnits) {
-      const int64_t units = min64(kUnits, pack.in_units - unit0), channel0 = unit0 * M::kUnitChannels;
+    for (int64_t unit0 = 0; unit0 < filled; unit0 += kUnits) {
+      const int64_t units = min64(kUnits, filled - unit0), channel0 = unit0 * M::kUnitChannels;
       const int64_t channels = min64(kPackChannels, pack.in_channels - channel0);
       for (int64_t tap = 0; tap < pack.taps; ++tap) {
         block.read(weight, layout,

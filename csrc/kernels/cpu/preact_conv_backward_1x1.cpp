@@ -3,7 +3,7 @@
 #include "dgrad_pixel_pairs.h"
 #include "pack_weights.h"
 #include "primitives.h"
-#include "wgrad_product.h"
+#include "wgrad_matrix.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -51,7 +51,7 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   const int64_t tap_offset = 0;
 
-  direct_wgrad<T>(wgrad, plan, [&](int64_t part, int64_t unit, const RunPairs& activations) {
+  run_parts<T>(wgrad, plan, [&](int64_t part, int64_t unit, const RunPairs& activations) {
     const int64_t first = unit * plan.chunk, pixels = min64(plan.chunk, plan.pixels - first);
     A* const sums = partial + part * 2 * g.c;
 #if RF_LEVEL >= 3
@@ -68,29 +68,26 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
 #endif
     const BandLayout layout = make_band<M>(g.k, 1, pixels, 1);
     Unit* const band =
-        static_cast<Unit*>(thread_scratch(kScratchActivation, size_t(band_units<M>(layout)) * sizeof(Unit)));
+        static_cast<Unit*>(thread_scratch(kScratchActivation, size_t(band_scratch_units<M>(layout)) * sizeof(Unit)));
     fill_band<M, T>(band, layout, static_cast<const T*>(dgrad.dy) + first * g.k, 1, pixels, 0, 0, none);
-    const DgradEpilogue<T> epilogue = dgrad_epilogue<T>(dgrad, sums, kTilePixels, streamed, kPairedOutputs<M>);
+    begin_convolution<M>(pack.in_units);
+    const DgradEpilogue<T> epilogue = dgrad_epilogue<T>(dgrad, sums, kRunPixels, streamed, kPairedOutputs<M>);
     const TileInput<M> input = {&tap_offset, 1, layout.slots * kBlock<M>, pack.in_units};
-    const int64_t tiles = divide_up(pixels, int64_t(kTilePixels));
-    for (int64_t block = 0; block < pack.out_blocks; ++block) {
-      const Unit* const w = packed + pack_block_offset<M>(pack, block);
-      const int vectors = pack_vectors<M>(pack, block);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = split_begin(pixels, tiles, i);
-        const int np = int(split_begin(pixels, tiles, i + 1) - begin);
-        conv_tile_of<M, DgradEpilogue<T>>(np, vectors)(input, band + begin * kBlock<M>, w, epilogue,
-                                                       block * kOutBlock<A>, first + begin, 0);
-      }
-    }
+    const PixelRows<M> rows = {band, 0, first, 0, 1, pixels};
+    for (int64_t block = 0; block < pack.out_blocks; ++block)
+      convolve_rows(input, rows, packed + pack_block_offset<M>(pack, block), epilogue, block * kOutBlock<A>,
+                    pack_vectors<M>(pack, block), [] {});
+    end_convolution<M>(pack.in_units);
     if (streamed) stream_fence();
     return false;
   });
   add_partial_sums(static_cast<A*>(dgrad.sums), partial, 2 * g.c, plan.parts, g.c, kPairedOutputs<M>);
 }
 
+#if RF_LEVEL < 4
 template void preact_conv_backward_1x1<float>(const PreactConvDgradParams&, const PreactConvWgradParams&);
 template void preact_conv_backward_1x1<double>(const PreactConvDgradParams&, const PreactConvWgradParams&);
+#endif
 template void preact_conv_backward_1x1<bf16>(const PreactConvDgradParams&, const PreactConvWgradParams&);
 
 }  // namespace RF_VARIANT

@@ -101,7 +101,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]). Each phase has packed weights of its own.
   const int64_t taps = g.r * g.s;
   const PackLayout whole = make_pack<M>(g.k, g.c, taps);
-  const int64_t packed_units = pack_units<M>(whole);
+  const int64_t packed_units = pack_units<M>(whole), most_pixels = tile_pixels<M>(whole.in_units);
   char* const shared = static_cast<char*>(thread_scratch(
       kScratchPack, size_t(packed_units) * sizeof(Unit) + size_t(phases + 1 + 2 * taps) * sizeof(int64_t) +
                         size_t(2 * taps) * sizeof(int32_t)));
@@ -141,8 +141,9 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
-        kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
-    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
+        kScratchActivation, size_t(band_scratch_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_scratch_units<M>(largest));
+    begin_convolution<M>(whole.in_units);
     int64_t image = 0, row0 = 0, rows = 1, first_pixel = 0, part = task, first_block = 0, last_block = whole.out_blocks;
     BandLayout layout;
     if (pointwise) {
@@ -183,42 +184,35 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       // Where dz_in is replaced, three pixels of four are not read.
       if (!epilogue.replaces) next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in && !epilogue.replaces) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
-      next.divide((last_block - first_block) * phases * rows * divide_up(pointwise ? layout.cols : index_cols, int64_t(kTilePixels)));
+      next.divide((last_block - first_block) * phases * rows * divide_up(pointwise ? layout.cols : index_cols, most_pixels));
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
-      const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first = phase_begin[phase];
-      const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
-      const TileInput<M> input = {tap_offsets + first, pack.taps, layout.rows * layout.slots * B, pack.in_units};
+      const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first_tap = phase_begin[phase];
+      const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first_tap);
+      const TileInput<M> input = {tap_offsets + first_tap, pack.taps, layout.rows * layout.slots * B, pack.in_units};
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
-      if (cols <= 0 || (epilogue.replaces && pack.taps == 0)) continue;
+      const int64_t top = row0 * g.stride_h + phase_h, first = pointwise ? first_pixel : (image * g.h + top) * g.w + phase_w;
+      const int64_t phase_rows = pointwise ? 1 : min64(rows, divide_up(g.h - top, g.stride_h));
+      if (cols <= 0 || phase_rows <= 0 || (epilogue.replaces && pack.taps == 0)) continue;
       for (int64_t block = first_block; block < last_block; ++block) {
-        const Unit* const w = packed + first * tap_units + pack_block_offset<M>(pack, block);
+        const Unit* const w = packed + first_tap * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
-        const int64_t tiles = divide_up(cols, int64_t(kTilePixels));
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t h = (row0 + row) * g.stride_h + phase_h;
-          if (!pointwise && h >= g.h) break;
-          for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t begin = split_begin(cols, tiles, i);
-            const int np = int(split_begin(cols, tiles, i + 1) - begin);
-            const int64_t pixel = pointwise ? first_pixel + begin
-                                            : (image * g.h + h) * g.w + begin * g.stride_w + phase_w;
-            next.advance();
-            conv_tile_of<M, DgradEpilogue<T>>(np, vectors)(input, band + (row * layout.slots + begin) * B, w, epilogue, channel,
-                                                      pixel, 0);
-          }
-        }
+        const PixelRows<M> pixels = {band, layout.slots * B, first, g.stride_h * g.w, phase_rows, cols};
+        convolve_rows(input, pixels, w, epilogue, channel, vectors, [&] { next.advance(); });
       }
     }
+    end_convolution<M>(whole.in_units);
     if (streamed) stream_fence();
   });
 
   merge_partial_sums(params, partial, parts, kPairedOutputs<M>);
 }
 
+#if RF_LEVEL < 4
 template void preact_conv_dgrad<float>(const PreactConvDgradParams&);
 template void preact_conv_dgrad<double>(const PreactConvDgradParams&);
+#endif
 template void preact_conv_dgrad<bf16>(const PreactConvDgradParams&);
 
 }  // namespace RF_VARIANT

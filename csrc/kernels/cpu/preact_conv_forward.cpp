@@ -31,6 +31,7 @@ template <typename M> BandPlan plan_bands(const ConvGeometry& g) {
 // What happens to a register tile on its way to memory.
 template <typename T> struct Epilogue {
   typedef Acc<T> A;
+  static constexpr int64_t pixel_step = 1;
   int64_t channels;
   const A* bias;
   const T* residual;
@@ -264,6 +265,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   const BandPlan bands = plan_bands<M>(g);
   const BandSteps steps = band_steps(g);
   const int64_t parts = pointwise ? runs.runs : bands.tasks, tasks = pointwise ? runs.tasks() : bands.tasks;
+  const int64_t most_pixels = tile_pixels<M>(pack.in_units);
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
   Unit* const packed = static_cast<Unit*>(thread_scratch(
@@ -284,8 +286,9 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
                                        : make_band<M>(g.c, bands.rows, bands.cols, steps.stride_w);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
-        kScratchActivation, size_t(band_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
-    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_units<M>(largest));
+        kScratchActivation, size_t(band_scratch_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_scratch_units<M>(largest));
+    begin_convolution<M>(pack.in_units);
 
     int64_t out_rows, out_cols, first_pixel, part = task, first_block = 0, last_block = pack.out_blocks;
     BandLayout layout;
@@ -334,25 +337,16 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
-      next.divide((last_block - first_block) * out_rows * divide_up(out_cols, int64_t(kTilePixels)));
+      next.divide((last_block - first_block) * out_rows * divide_up(out_cols, most_pixels));
     }
     for (int64_t block = first_block; block < last_block; ++block) {
       const Unit* const w = packed + pack_block_offset<M>(pack, block);
       const int64_t channel = block * kOutBlock<A>;
       const int vectors = pack_vectors<M>(pack, block);
-      const int64_t tiles = divide_up(out_cols, int64_t(kTilePixels));
-      int64_t done = 0;
-      for (int64_t row = 0; row < out_rows; ++row)
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t begin = split_begin(out_cols, tiles, i);
-          const int np = int(split_begin(out_cols, tiles, i + 1) - begin);
-          next.advance();
-          const Unit* const in = band + (row * steps.stride_h * layout.slots + begin) * kBlock<M>;
-          const int64_t pixel = first_pixel + row * out_cols + begin;
-          conv_tile_of<M, Epilogue<T>>(np, vectors)(input, in, w, epilogue, channel, pixel, done);
-          done += np;
-        }
+      const PixelRows<M> pixels = {band, steps.stride_h * layout.slots * kBlock<M>, first_pixel, out_cols, out_rows, out_cols};
+      convolve_rows(input, pixels, w, epilogue, channel, vectors, [&] { next.advance(); });
     }
+    end_convolution<M>(pack.in_units);
     if (streamed) stream_fence();
   });
 
@@ -367,8 +361,10 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
 #endif
 }
 
+#if RF_LEVEL < 4
 template void preact_conv_forward<float>(const PreactConvForwardParams&);
 template void preact_conv_forward<double>(const PreactConvForwardParams&);
+#endif
 template void preact_conv_forward<bf16>(const PreactConvForwardParams&);
 
 }  // namespace RF_VARIANT

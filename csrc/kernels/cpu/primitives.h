@@ -24,7 +24,11 @@ template <typename T> void preact_conv_wgrad(const PreactConvWgradParams& params
 template <typename T>
 void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactConvWgradParams& wgrad);
 
+#if RF_LEVEL >= 4
+void add_kernels(CpuKernels& table);
+#else
 const CpuKernels& kernels();
+#endif
 
 }  // namespace RF_VARIANT
 }  // namespace resnet_fused

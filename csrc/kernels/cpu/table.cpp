@@ -6,6 +6,18 @@ namespace RF_VARIANT {
 
 #define RF_STRING_(x) #x
 #define RF_STRING(x) RF_STRING_(x)
+#if RF_LEVEL >= 4
+// What it has of its own, products of bf16, in the place of the level before's.
+void add_kernels(CpuKernels& table) {
+  constexpr int kBf16 = static_cast<int>(DType::bfloat16);
+  table.level = RF_LEVEL;
+  table.name = RF_STRING(RF_VARIANT);
+  table.preact_conv_forward[kBf16] = &preact_conv_forward<bf16>;
+  table.preact_conv_dgrad[kBf16] = &preact_conv_dgrad<bf16>;
+  table.preact_conv_wgrad[kBf16] = &preact_conv_wgrad<bf16>;
+  table.preact_conv_backward_1x1[kBf16] = &preact_conv_backward_1x1<bf16>;
+}
+#else
 // In the order of DType.
 #define RF_DTYPES(primitive) {&primitive<float>, &primitive<double>, &primitive<bf16>}
 
@@ -29,6 +41,7 @@ static constexpr CpuKernels kTable = {
 };
 
 const CpuKernels& kernels() { return kTable; }
+#endif
 
 }  // namespace RF_VARIANT
 }  // namespace resnet_fused

@@ -24,14 +24,14 @@ RF_INLINE vuint32 pair_lanes(vfloat low, vfloat high) {
 // [residue][pair][channel]: two bf16 values to a unit. `odd`, if not null, gets the pairs (2j + 1, 2j + 2), which the taps at
 // an odd offset read.
 static void fill_pairs(uint32_t* even, uint32_t* odd, const BandLayout& b, int64_t pairs, const bf16* image, int64_t height,
-                int64_t width, int64_t row0, int64_t col0, const Prologue<float>& prologue) {
+                int64_t width, int64_t row0, int64_t col0, const Prologue<float>& prologue, int64_t block_stride) {
   constexpr int L = kLanes<float>;
   for (int64_t block = 0; block < b.blocks; ++block) {
     const int64_t channel = block * L;
     const int valid = int(min64(L, b.channels - channel));
     for (int64_t row = 0; row < b.rows; ++row)
       for (int64_t residue = 0; residue < b.col_stride; ++residue) {
-        const int64_t line = ((block * b.rows + row) * b.col_stride + residue) * pairs * L, h = row0 + row * b.row_step;
+        const int64_t line = block * block_stride + (row * b.col_stride + residue) * pairs * L, h = row0 + row * b.row_step;
         if (h < 0 || h >= height) {
           memset(even + line, 0, size_t(pairs) * L * sizeof(uint32_t));
           if (odd) memset(odd + line, 0, size_t(pairs) * L * sizeof(uint32_t));
@@ -218,7 +218,7 @@ template <typename M, typename T> struct Wgrad {
           fill_run_pairs(even, block_stride, u.image, out_cols, g.c, prologue);
         else
           fill_pairs(even, odd ? even + copy_stride : nullptr, layout, pairs, u.image + i * g.h * g.w * g.c, u.height, u.width,
-                     u.row0, u.col0, prologue);
+                     u.row0, u.col0, prologue, block_stride);
       }
       uint32_t* const dy_pairs = paired + copy_stride * (odd ? 2 : 1);
       pair_pixels(dy_pairs, dy_step, u.dy, dy_rows, out_cols, g.k);

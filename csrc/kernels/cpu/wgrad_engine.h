@@ -141,8 +141,10 @@ template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
   plan.slots = plan.blocks * (winograd ? (winograd + 2) * (winograd + 2) : g.r * g.s);
   if (plan.pointwise) {
     plan.pixels = g.n * g.h * g.w;
-    const int64_t pixel_bytes = (plan.blocks * L + g.k) * int64_t(sizeof(A));
-    plan.chunk = max64(64, min64(1024, kBandBytes / 2 / pixel_bytes / 8 * 8));
+    // Of pairs, the sums of 32 x 32 weights are read and written once for a whole run.
+    const bool tiled = RF_LEVEL >= 4 && sizeof(T) == 2;
+    const int64_t pixel_bytes = (plan.blocks * L + g.k) * int64_t(tiled ? sizeof(T) : 2 * sizeof(A)), even = tiled ? 32 : 8;
+    plan.chunk = max64(64, min64(1024, kBandBytes / pixel_bytes / even * even));
     plan.units = divide_up(plan.pixels, plan.chunk);
     plan.rows = 1;
     plan.cols = plan.chunk;

@@ -63,7 +63,10 @@ template <typename M, typename T> struct WgradProduct {
   };
 
   // Units from one slot to the next: an odd number of vectors, since all of them are written in turn.
-  int64_t slot_units() const { return min64(units, kProductPass<M>) | 1; }
+  int64_t slot_units() const {
+    const int64_t whole = RF_LEVEL >= 4 ? round_up(units, 16) : units;  // matrix tiles read 16
+    return min64(whole, kProductPass<M>) | 1;
+  }
 
   // [slot][unit][lane] of one run: the channel blocks [first, last) under one tap, units [begin, end). Pixels may lie a
   // multiple of a page apart, so of each as many neighbouring channels are read as there are.
