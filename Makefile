@@ -35,7 +35,7 @@ emulated: build
 	@echo "== Building the AVX-512 and AMX levels on an emulator (minutes)"
 	@cd $(EMULATED); RESNET_FUSED_EMULATE_AVX512=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
 	@cd $(EMULATED); PYTHONPATH=$$PWD $(BIN)/python -m pytest -k "not generic and not avx2" $(PYTEST) tests/test_winograd.py \
-	    tests/test_cpu_algorithms.py tests/test_long_sums.py tests/test_primitive*.py tests/test_max_pool.py tests/test_preact.py
+	    tests/test_cpu_algorithms.py tests/test_matrix_tiles.py tests/test_long_sums.py tests/test_primitive*.py tests/test_max_pool.py tests/test_preact.py
 
 bench: build
 	@$(BIN)/python -m pytest bench $(PYTEST)

@@ -6,6 +6,7 @@ import torch
 from tolerances import STATS_EPS, assert_trusted
 
 from resnet_fused.primitives import reference
+from resnet_fused.primitives.layout import convolution_output_shape
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CL = torch.channels_last
@@ -78,6 +79,19 @@ def name_of(value):
 
 def acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def identity_bn(c, dtype=torch.float32):
+    """Rows of BatchNorm that leave x as it is; dtype: of x."""
+    return torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=acc(dtype)).view(4, 1).expand(4, c).contiguous()
+
+
+def tensors(shape, dtype, make):
+    """x, the weight and dy; make(*size) fills them."""
+    x = make(shape.n, shape.c, shape.h, shape.w).to(dtype).contiguous(memory_format=CL)
+    weight = make(shape.k, shape.c // shape.groups, *shape.kernel).to(dtype)
+    size = convolution_output_shape(x.shape, weight.shape, *shape.geometry[:3])
+    return x, weight, make(*size).to(dtype).contiguous(memory_format=CL)
 
 
 def activation(*size, dtype):

@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, backend_in_force, on_every_backend
-from primitive_cases import CL, Shape, acc, name_of
+from primitive_cases import CL, Shape, acc, identity_bn, name_of, tensors
 from tolerances import assert_trusted
 
 from resnet_fused import primitives
 from resnet_fused.primitives import dispatch, reference
-from resnet_fused.primitives.layout import convolution_output_shape
 from resnet_fused.primitives.preact_conv_backward_1x1 import has_kernel
 
 CPU = [b for b in BACKENDS if b.startswith("cpu")]
@@ -73,13 +72,6 @@ def bn_rows(c, dtype):
     return torch.stack((torch.randn(c) * 0.3, torch.rand(c) + 0.5, torch.randn(c), torch.randn(c))).to(acc(dtype))
 
 
-def tensors(shape, dtype, make):
-    x = make(shape.n, shape.c, shape.h, shape.w).to(dtype).contiguous(memory_format=CL)
-    weight = make(shape.k, shape.c, *shape.kernel).to(dtype)
-    size = convolution_output_shape(x.shape, weight.shape, *shape.geometry[:3])
-    return x, weight, make(*size).to(dtype).contiguous(memory_format=CL)
-
-
 def sparse_integers(*size):
     return torch.randint(-1, 2, size) * (torch.rand(size) < 0.1)
 
@@ -88,7 +80,7 @@ def sparse_integers(*size):
 @pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES, ids=name_of)
 def test_integers_of_few_pixels_are_exact(shape, dtype):
     x, weight, dy = tensors(shape, dtype, sparse_integers)
-    identity = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=acc(dtype)).view(4, 1).expand(4, shape.c).contiguous()
+    identity = identity_bn(shape.c, dtype)
     a = x.double().clamp_min(0)
     y = F.conv2d(a, weight.double(), None, *shape.geometry)
     da, dw, _ = torch.ops.aten.convolution_backward(

@@ -16,6 +16,7 @@ from primitive_cases import (
     activation,
     bn_rows,
     check_activation,
+    identity_bn,
     check_stats,
     check_sums,
     name_of,
@@ -241,7 +242,7 @@ def test_small_integers_are_exact(dtype, kernel):
     )
     residual = torch.randint(-8, 9, (2, k, 9, 7)).to(dtype).contiguous(memory_format=CL)
     bias = torch.randint(-4, 5, (k,)).to(dtype)
-    identity = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=acc(dtype)).view(4, 1).expand(4, c).contiguous()
+    identity = identity_bn(c, dtype)
     dy = torch.randint(-2, 3, (2, k, 9, 7)).to(dtype).contiguous(memory_format=CL)
     a = x.long().clamp_min(0).double()
     y = F.conv2d(a, weight.double(), bias.double(), 1, kernel // 2) + residual.double()

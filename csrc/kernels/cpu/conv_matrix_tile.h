@@ -21,73 +21,8 @@ template <typename M> RF_INLINE bool uses_matrix_tiles(int64_t units) {
 // Pixels that a tile takes at most.
 template <typename M> RF_INLINE int64_t tile_pixels(int64_t units) { return uses_matrix_tiles<M>(units) ? 32 : kTilePixels; }
 
-// Units of ModeBf16Pair that a tile may read behind the pixels that it is given.
-constexpr int64_t kOverreadUnits = RF_LEVEL >= 4 ? 32 * 16 : 0;
-
-#if RF_LEVEL >= 4
-constexpr int kFinishPixels = 16;  // that the epilogue takes at once
-
-// Two runs of at most 16 pixels, or one of up to 32.
-struct PixelRuns {
-  const uint32_t* in[2];
-  int64_t pixel[2];
-  int count[2];
-};
-
-// As conv_tile, of 32 pixels.
-template <typename M, int NV, typename Epilogue>
-__attribute__((noinline)) void conv_matrix_tile(const TileInput<M>& t, const PixelRuns& runs, const uint32_t* w,
-                                                const Epilogue& epilogue, int64_t channel, int64_t done) {
-  constexpr int64_t B = kBlock<M>, L = kLanes<float>, kLeftStep = B * 4, kRightStep = NV * L * 4;
-  zero_tiles();
-  const int64_t units = t.in_units < kTileUnits ? t.in_units : kTileUnits, distance = runs.in[1] - runs.in[0];
-  bool copy = false;
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint32_t* a = runs.in[0] + t.tap_offsets[tap];
-    for (int64_t unit = 0; unit < t.in_units; unit += units, a += t.block_stride, w += units * NV * L) {
-      if (NV == 2 || !copy)
-        multiply_tiles<NV, 0>(a, a + distance, kLeftStep, w, w + L, kRightStep);
-      else
-        multiply_tiles<NV, 1>(a, a + distance, kLeftStep, w, w + L, kRightStep);
-      copy = !copy;
-    }
-  }
-  alignas(64) float sums[kTileLefts * NV * L];
-  store_tiles<NV>(sums);
-  const auto finish = [&](const float* from, int64_t pixel, auto count) __attribute__((always_inline)) {
-    constexpr int NP = decltype(count)::value;
-    vfloat acc[NP][NV];
-    for_each_sum(acc, [&](vfloat& sum, int i) __attribute__((always_inline)) { sum = load(from + i * L); });
-    finish_tile<M, NP, NV>(acc, epilogue, channel, pixel, done);
-    done += NP;
-  };
-  for (int run = 0; run < 2; ++run) {
-    const float* from = sums + run * kTileRows * NV * L;
-    int64_t pixel = runs.pixel[run];
-    int left = runs.count[run];
-    for (; left >= kFinishPixels; left -= kFinishPixels) {
-      finish(from, pixel, Number<kFinishPixels>{});
-      from += kFinishPixels * NV * L;
-      pixel += kFinishPixels * epilogue.pixel_step;
-    }
-    if (left >= 8) {
-      finish(from, pixel, Number<8>{});
-      from += 8 * NV * L;
-      pixel += 8 * epilogue.pixel_step;
-      left -= 8;
-    }
-    switch (left) {
-      case 1: finish(from, pixel, Number<1>{}); break;
-      case 2: finish(from, pixel, Number<2>{}); break;
-      case 3: finish(from, pixel, Number<3>{}); break;
-      case 4: finish(from, pixel, Number<4>{}); break;
-      case 5: finish(from, pixel, Number<5>{}); break;
-      case 6: finish(from, pixel, Number<6>{}); break;
-      case 7: finish(from, pixel, Number<7>{}); break;
-    }
-  }
-}
-#endif
+// Units of ModeBf16Pair that a tile may read behind the pixels that it is given: a run's.
+constexpr int64_t kOverreadUnits = RF_LEVEL >= 4 ? 16 * 16 : 0;
 
 // Where rows of pixels are read and what they become.
 template <typename M> struct PixelRows {
@@ -97,49 +32,140 @@ template <typename M> struct PixelRows {
   int64_t rows, cols;
 };
 
+#if RF_LEVEL >= 4
+constexpr int64_t kTilePitch = kBlock<ModeBf16Pair>;  // units from one pixel in a row to the next
+
+// Two runs of 16 slots of the input, from (row, col) on. A run goes on in the next row, where slots of no pixel lie between them,
+// if that takes fewer tiles than runs which end with their row.
+template <typename M> class SlotRuns {
+ public:
+  struct Run {
+    int64_t row, col;
+  };
+  explicit SlotRuns(const PixelRows<M>& p) : p_(p), pitch_(p.in_row / kTilePitch) {
+    const int64_t slots = (p.rows - 1) * pitch_ + p.cols, of_rows = p.rows * ((p.cols + kTileRows - 1) / kTileRows);
+    through_ = p.in_row % kTilePitch == 0 && (slots + kTileRows - 1) / kTileRows < of_rows;
+  }
+  bool next(Run& run) {
+    if (at_.row >= p_.rows) return false;
+    run = at_;
+    at_.col += kTileRows;
+    if (!through_) {
+      if (at_.col >= p_.cols) at_ = {at_.row + 1, 0};
+      return true;
+    }
+    while (at_.col >= pitch_) at_ = {at_.row + 1, at_.col - pitch_};
+    if (at_.col >= p_.cols) at_ = {at_.row + 1, 0};  // the slots between two rows
+    return true;
+  }
+  RF_INLINE_METHOD const uint32_t* in(const Run& run) const { return p_.in + run.row * p_.in_row + run.col * kTilePitch; }
+  // Calls pixels(slot of the run, row, col, count) for what belongs to a pixel.
+  template <typename F> RF_INLINE_METHOD void each(Run run, const F& pixels) const {
+    for (int64_t slot = 0; slot < kTileRows && run.row < p_.rows; slot += pitch_ - p_.cols) {
+      const int64_t left = kTileRows - slot, count = p_.cols - run.col < left ? p_.cols - run.col : left;
+      pixels(slot, run.row, run.col, count);
+      if (!through_) break;
+      slot += count;
+      run = {run.row + 1, 0};
+    }
+  }
+
+ private:
+  const PixelRows<M>& p_;
+  const int64_t pitch_;
+  bool through_;
+  Run at_ = {0, 0};
+};
+
+// sums[32 pixels][NV vectors], the pixels being `distance` units apart after the 16th.
+template <typename M, int NV>
+__attribute__((noinline)) void conv_matrix_tile(const TileInput<M>& t, const uint32_t* in, int64_t distance, const uint32_t* w,
+                                                float* sums) {
+  constexpr int64_t L = kLanes<float>, kLeftStep = kTilePitch * 4, kRightStep = NV * L * 4;
+  const int64_t units = t.in_units < kTileUnits ? t.in_units : kTileUnits;
+  zero_tiles();
+  bool copy = false;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint32_t* a = in + t.tap_offsets[tap];
+    for (int64_t unit = 0; unit < t.in_units; unit += units, a += t.block_stride, w += units * NV * L) {
+      if (NV == 2 || !copy)
+        multiply_tiles<NV, 0>(a, a + distance, kLeftStep, w, w + L, kRightStep);
+      else
+        multiply_tiles<NV, 1>(a, a + distance, kLeftStep, w, w + L, kRightStep);
+      copy = !copy;
+    }
+  }
+  store_tiles<NV>(sums);
+}
+
+// The epilogue of `count` <= 16 pixels, whose sums are there.
+template <typename M, int NV, typename Epilogue>
+__attribute__((noinline)) void finish_pixels(const float* sums, const Epilogue& epilogue, int64_t channel, int64_t pixel,
+                                             int64_t done, int64_t count) {
+  const auto finish = [&](auto number) __attribute__((always_inline)) {
+    constexpr int NP = decltype(number)::value;
+    vfloat acc[NP][NV];
+    for_each_sum(acc, [&](vfloat& sum, int i) __attribute__((always_inline)) { sum = load(sums + i * kLanes<float>); });
+    finish_tile<M, NP, NV>(acc, epilogue, channel, pixel, done);
+    sums += NP * NV * kLanes<float>;
+    pixel += NP * epilogue.pixel_step;
+    done += NP;
+  };
+  if (count == kTileRows) return finish(Number<kTileRows>{});
+  if (count >= 8) finish(Number<8>{});
+  switch (count % 8) {
+    case 1: return finish(Number<1>{});
+    case 2: return finish(Number<2>{});
+    case 3: return finish(Number<3>{});
+    case 4: return finish(Number<4>{});
+    case 5: return finish(Number<5>{});
+    case 6: return finish(Number<6>{});
+    case 7: return finish(Number<7>{});
+  }
+}
+
+template <typename M, int NV, typename Epilogue, typename Advance>
+static void convolve_in_matrix_tiles(const TileInput<M>& t, const PixelRows<M>& p, const uint32_t* w, const Epilogue& epilogue,
+                                     int64_t channel, const Advance& advance) {
+  constexpr int64_t kHalf = kTileRows * NV * kLanes<float>;
+  typedef typename SlotRuns<M>::Run Run;
+  SlotRuns<M> slots(p);
+  alignas(64) float sums[2 * kHalf];
+  int64_t done = 0;
+  for (Run run[2]; slots.next(run[0]);) {
+    const int runs = slots.next(run[1]) ? 2 : 1;
+    const uint32_t* const in = slots.in(run[0]);
+    advance();
+    conv_matrix_tile<M, NV>(t, in, runs == 2 ? slots.in(run[1]) - in : 0, w, sums);
+    for (int i = 0; i < runs; ++i)
+      slots.each(run[i], [&](int64_t slot, int64_t row, int64_t col, int64_t count) {
+        finish_pixels<M, NV>(sums + i * kHalf + slot * NV * kLanes<float>, epilogue, channel,
+                             p.pixel + row * p.pixel_row + col * epilogue.pixel_step, done, count);
+        done += count;
+      });
+  }
+}
+#endif
+
 // All of these pixels and `vectors` vectors of output channels from `channel` on. Between begin_convolution and end_convolution.
 // advance(): called with every tile.
 template <typename M, typename Epilogue, typename Advance>
 RF_INLINE void convolve_rows(const TileInput<M>& t, const PixelRows<M>& p, const typename M::Unit* w, const Epilogue& epilogue,
                              int64_t channel, int vectors, const Advance& advance) {
-  constexpr int B = kBlock<M>;
-  const int64_t most = tile_pixels<M>(t.in_units), tiles = (p.cols + most - 1) / most;
-  int64_t done = 0;
 #if RF_LEVEL >= 4
   if constexpr (M::kUnitChannels == 2)
-    if (uses_matrix_tiles<M>(t.in_units)) {
-      const auto tile = vectors == 2 ? conv_matrix_tile<M, 2, Epilogue> : conv_matrix_tile<M, 1, Epilogue>;
-      const auto place = [&](int64_t row, int64_t col) { return p.pixel + row * p.pixel_row + col * epilogue.pixel_step; };
-      const int64_t together = p.cols <= kTileRows ? 2 : 1;  // rows to a tile
-      for (int64_t row = 0; row < p.rows; row += together) {
-        const uint32_t* const in = p.in + row * p.in_row;
-        for (int64_t i = 0; i < tiles; ++i) {
-          // Whole tiles of 16 first: what is left over is read for nothing.
-          const int64_t col = i * most, count = p.cols - col < most ? p.cols - col : most;
-          const int first = int(count < kTileRows ? count : kTileRows);
-          PixelRuns runs = {{in + col * B, in + (col + kTileRows) * B},
-                            {place(row, col), place(row, col + kTileRows)},
-                            {first, int(count) - first}};
-          if (together == 2) {
-            const bool second = row + 1 < p.rows;
-            runs.in[1] = second ? in + p.in_row : in;
-            runs.pixel[1] = place(row + 1, 0);
-            runs.count[1] = second ? first : 0;
-          }
-          advance();
-          tile(t, runs, w, epilogue, channel, done);
-          done += runs.count[0] + runs.count[1];
-        }
-      }
-      return;
-    }
+    if (uses_matrix_tiles<M>(t.in_units))
+      return vectors == 2 ? convolve_in_matrix_tiles<M, 2>(t, p, w, epilogue, channel, advance)
+                          : convolve_in_matrix_tiles<M, 1>(t, p, w, epilogue, channel, advance);
 #endif
+  const int64_t tiles = (p.cols + kTilePixels - 1) / kTilePixels;
+  int64_t done = 0;
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = split_begin(p.cols, tiles, i);
       const int np = int(split_begin(p.cols, tiles, i + 1) - begin);
       advance();
-      conv_tile_of<M, Epilogue>(np, vectors)(t, p.in + row * p.in_row + begin * B, w, epilogue, channel,
+      conv_tile_of<M, Epilogue>(np, vectors)(t, p.in + row * p.in_row + begin * kBlock<M>, w, epilogue, channel,
                                              p.pixel + row * p.pixel_row + begin * epilogue.pixel_step, done);
       done += np;
     }

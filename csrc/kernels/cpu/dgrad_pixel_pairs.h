@@ -185,10 +185,9 @@ __attribute__((noinline)) void paired_dgrad_tile(const PairedRun& run, const uin
 }
 
 #if RF_LEVEL >= 4
-// The same for up to 32 pixels, whose gradients are at dy, in matrix tiles.
-template <Act kAct, int kVectors>
-__attribute__((noinline)) void paired_matrix_tile(const PairedRun& run, const bf16* dy, const uint32_t* w, int64_t channel,
-                                                  int64_t pixel, int64_t count) {
+// The same for up to 32 pixels in matrix tiles: the sums of those whose gradients are at dy, and what becomes of them.
+template <int kVectors>
+__attribute__((noinline)) void paired_matrix_tile(const PairedRun& run, const bf16* dy, const uint32_t* w, float* sums) {
   constexpr int64_t L = kLanes<float>;
   const int64_t units = run.outputs / 2, step = units < kTileUnits ? units : kTileUnits;
   const int64_t left_step = run.outputs * int64_t(sizeof(bf16));
@@ -202,12 +201,16 @@ __attribute__((noinline)) void paired_matrix_tile(const PairedRun& run, const bf
       multiply_tiles<kVectors, 1>(dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
     copy = !copy;
   }
-  alignas(64) float sums[kTileLefts * kVectors * L];
   store_tiles<kVectors>(sums);
+}
+template <Act kAct, int kVectors>
+__attribute__((noinline)) void finish_matrix_tile(const PairedRun& run, const float* sums, int64_t channel, int64_t pixel, int64_t count) {
   PairedSums paired = {};
   for (int64_t p = 0; p < count; p += 2) {
     vfloat acc[2][kVectors];
-    for_each_sum(acc, [&](vfloat& sum, int i) __attribute__((always_inline)) { sum = load(sums + (p * kVectors + i) * L); });
+    for_each_sum(acc, [&](vfloat& sum, int i) __attribute__((always_inline)) {
+      sum = load(sums + (p * kVectors + i) * kLanes<float>);
+    });
     if (p + 1 < count)
       finish_pair<kAct, kVectors, 2>(run, acc, channel, pixel + p, paired);
     else
@@ -223,13 +226,20 @@ static void paired_matrix_run(const PairedRun& run, const uint32_t* packed, cons
   const int64_t whole = pixels / kTileLefts * kTileLefts, rest = pixels - whole;
   bf16* const last =
       static_cast<bf16*>(thread_scratch(kScratchActivation, size_t(kTileLefts * run.outputs) * sizeof(bf16)));
+  alignas(64) float sums[2][kTileLefts * kVectors * kLanes<float>];
   if (rest > 0) memcpy(last, run.dy + whole * run.outputs, size_t(rest * run.outputs) * sizeof(bf16));
   for (int64_t block = 0; block < pack.out_blocks; ++block) {
     const uint32_t* const w = packed + pack_block_offset<ModeBf16Pair>(pack, block);
     const int64_t channel = block * kOutBlock<float>;
-    for (int64_t pixel = 0; pixel < whole; pixel += kTileLefts)
-      paired_matrix_tile<kAct, kVectors>(run, run.dy + pixel * run.outputs, w, channel, pixel, kTileLefts);
-    if (rest > 0) paired_matrix_tile<kAct, kVectors>(run, last, w, channel, whole, rest);
+    const auto multiply = [&](int64_t pixel) {
+      const bf16* const dy = pixel < whole ? run.dy + pixel * run.outputs : last;
+      if (pixel < pixels) paired_matrix_tile<kVectors>(run, dy, w, sums[pixel / kTileLefts % 2]);
+    };
+    multiply(0);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kTileLefts) {
+      multiply(pixel + kTileLefts);  // while its products wait for each other, those before are finished
+      finish_matrix_tile<kAct, kVectors>(run, sums[pixel / kTileLefts % 2], channel, pixel, min64(kTileLefts, pixels - pixel));
+    }
   }
   end_convolution<ModeBf16Pair>(pack.in_units);
 }

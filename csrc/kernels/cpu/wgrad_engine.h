@@ -101,6 +101,8 @@ constexpr int64_t kWgradStripTiles = 64;
 
 // Pixels that a register tile should at least pass over before it is added to the partial result.
 constexpr int64_t kTilePass = 256;
+// The same of several images: float32 sums must not be much longer than the library's, which are of one (see kProductPass).
+template <typename T> constexpr int64_t kImagesPass = sizeof(T) == sizeof(float) ? kTilePass / 4 : kTilePass;
 
 // Tiles of Winograd's that a part should at least have: its sums, 16 or 36 per weight, are written, read and added once more.
 constexpr int64_t kPartTiles = 256;
@@ -161,7 +163,7 @@ template <typename T> static WgradPlan plan_wgrad(const ConvGeometry& g, int64_t
     if (plan.bands == 1) {
       const int64_t wanted =
           winograd ? divide_up(kWgradStripTiles, divide_up(g.p, winograd) * divide_up(g.q, winograd))
-                   : divide_up(kTilePass, g.p * g.q);
+                   : divide_up(kImagesPass<T>, g.p * g.q);
       plan.images = max64(1, min64(min64(wanted, g.n), kBandBytes / max64(1, row_bytes * plan.rows)));
     }
     plan.units = divide_up(g.n, plan.images) * plan.bands;
