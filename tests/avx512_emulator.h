@@ -220,7 +220,8 @@ struct Tiles {
   uint8_t config[64];
   alignas(64) uint8_t at[8][16][64];
 };
-static thread_local Tiles tiles;
+// One for all objects: the linker keeps one copy of a kernel that several of them have.
+inline thread_local Tiles tiles;
 static inline int tile_rows(int tile) { return tiles.config[48 + tile]; }
 static inline int tile_row_bytes(int tile) {
   uint16_t bytes;
