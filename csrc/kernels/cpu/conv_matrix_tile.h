@@ -13,9 +13,9 @@ RF_INLINE int64_t split_begin(int64_t n, int64_t tiles, int64_t i) {
   return i * (n / tiles) + (i < rest ? i : rest);
 }
 
-// Whether the matrix tiles multiply `units` units of channels under a tap. A product takes as long for one pair as for 16.
+// Whether the matrix tiles multiply `units` units of channels under a tap. With fewer they would be mostly empty.
 template <typename M> RF_INLINE bool uses_matrix_tiles(int64_t units) {
-  return RF_LEVEL >= 4 && M::kUnitChannels == 2 && units >= 4;
+  return RF_LEVEL >= 4 && M::kUnitChannels == 2 && units >= 2;
 }
 
 // Pixels that a tile takes at most.

@@ -22,6 +22,10 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
+// Before tiles are loaded: what was stored is in memory. GCC's names for the loads (12's at least) do not tell it that they read
+// any, and of a configuration only 8 bytes.
+RF_INLINE void memory_to_tiles(const void* p = nullptr) { __asm__ volatile("" ::"r"(p) : "memory"); }
+
 // Sets the calling thread's tiles for products of `units` pairs at a time, until _tile_release(). The library that PyTorch
 // convolves with sets them anew, as this does.
 RF_INLINE void use_tiles(int64_t units) {
@@ -31,6 +35,7 @@ RF_INLINE void use_tiles(int64_t units) {
     config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? units * 4 : 64);
     config.rows[i] = uint8_t(i < 6 ? kTileRows : units);
   }
+  memory_to_tiles(&config);
   _tile_loadconfig(&config);
 }
 
@@ -62,7 +67,9 @@ RF_INLINE void multiply_tiles(const void* left0, const void* left1, int64_t left
   }
 }
 
+// What a sum begins with, or load_tiles.
 RF_INLINE void zero_tiles() {
+  memory_to_tiles();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

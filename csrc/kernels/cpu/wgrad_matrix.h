@@ -53,6 +53,7 @@ RF_INLINE void reduce_tiles(const MatrixReduction& r) {
 }
 RF_INLINE void load_tiles(const float* from) {
   constexpr int64_t L = kLanes<float>;
+  memory_to_tiles();
   _tile_loadd(0, from, 2 * L * 4);
   _tile_loadd(1, from + L, 2 * L * 4);
   _tile_loadd(2, from + kTileRows * 2 * L, 2 * L * 4);
