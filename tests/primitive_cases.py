@@ -94,6 +94,13 @@ def tensors(shape, dtype, make):
     return x, weight, make(*size).to(dtype).contiguous(memory_format=CL)
 
 
+def gradients(dy, a, weight, shape):
+    """dx and dweight of the plain convolution."""
+    return torch.ops.aten.convolution_backward(
+        dy, a, weight, None, *shape.geometry[:3], False, [0, 0], 1, [True, True, False]
+    )[:2]
+
+
 def activation(*size, dtype):
     return torch.randn(size).to(dtype).contiguous(memory_format=CL)
 

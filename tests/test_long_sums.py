@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, on_every_backend
-from primitive_cases import Shape, identity_bn, name_of, tensors
+from primitive_cases import Shape, gradients, identity_bn, name_of, tensors
 from tolerances import assert_trusted
 
 from resnet_fused import primitives
@@ -38,12 +38,6 @@ PARTS = [
     Shape(2, 70, 7, 5, 75, (3, 3), (2, 1), (1, 1)),
     Shape(1, 29, 9, 9, 31, (3, 3), (1, 1), (2, 2), (2, 2)),
 ]
-
-
-def gradients(dy, x, weight, shape):
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, *shape.geometry[:3], False, [0, 0], 1, [True, True, False]
-    )[:2]
 
 
 def ours(x, weight, dy, shape):

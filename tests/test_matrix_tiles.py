@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, backend_in_force, on_every_backend
-from primitive_cases import Shape, identity_bn, name_of, tensors
+from primitive_cases import Shape, gradients, identity_bn, name_of, tensors
 
 from resnet_fused import primitives
 from resnet_fused.primitives import reference
@@ -31,12 +31,6 @@ KERNELS = [
     Shape(40, 16, 2, 2, 16, (3, 3), (1, 1), (1, 1)),  # many images to a unit of work
     Shape(1, 64, 33, 31, 64),  # runs with a rest
 ]
-
-
-def gradients(dy, a, weight, shape):
-    return torch.ops.aten.convolution_backward(
-        dy, a, weight, None, *shape.geometry[:3], False, [0, 0], 1, [True, True, False]
-    )[:2]
 
 
 @pytest.mark.parametrize("shape", ODD + WIDTHS + KERNELS, ids=name_of)

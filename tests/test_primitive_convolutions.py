@@ -16,9 +16,9 @@ from primitive_cases import (
     activation,
     bn_rows,
     check_activation,
-    identity_bn,
     check_stats,
     check_sums,
+    identity_bn,
     name_of,
     wide,
 )
