@@ -88,7 +88,10 @@ __attribute__((noinline)) void conv_matrix_tile(const TileInput<M>& t, const uin
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const uint32_t* a = in + t.tap_offsets[tap];
     for (int64_t unit = 0; unit < t.in_units; unit += units, a += t.block_stride, w += units * NV * L) {
-      multiply_tiles<NV>(copy, a, a + distance, kLeftStep, w, w + L, kRightStep);
+      if (NV == 2 || !copy)
+        multiply_tiles<NV, 0>(a, a + distance, kLeftStep, w, w + L, kRightStep);
+      else
+        multiply_tiles<NV, 1>(a, a + distance, kLeftStep, w, w + L, kRightStep);
       copy = !copy;
     }
   }

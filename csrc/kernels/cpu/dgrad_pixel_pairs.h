@@ -195,7 +195,10 @@ __attribute__((noinline)) void paired_matrix_tile(const PairedRun& run, const bf
   zero_tiles();
   bool copy = false;
   for (int64_t unit = 0; unit < units; unit += step, w += step * kVectors * L) {
-    multiply_tiles<kVectors>(copy, dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
+    if (kVectors == 2 || !copy)
+      multiply_tiles<kVectors, 0>(dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
+    else
+      multiply_tiles<kVectors, 1>(dy + 2 * unit, second + 2 * unit, left_step, w, w + L, kVectors * L * 4);
     copy = !copy;
   }
   store_tiles<kVectors>(sums);

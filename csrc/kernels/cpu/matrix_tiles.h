@@ -45,10 +45,10 @@ template <int kValue> struct Number {
 };
 
 // sums[2][NV] += left[a] * right[v], one step of the reduction: what is given are addresses, and the bytes between rows. With one
-// right operand the sums are kept twice (`copy`): alone they would wait for the products before.
-template <int NV>
-RF_INLINE void multiply_tiles(bool copy, const void* left0, const void* left1, int64_t left_step, const void* right0,
-                              const void* right1, int64_t right_step) {
+// right operand the sums are kept twice (kCopy): alone they would wait for the products before.
+template <int NV, int kCopy>
+RF_INLINE void multiply_tiles(const void* left0, const void* left1, int64_t left_step, const void* right0, const void* right1,
+                              int64_t right_step) {
   _tile_loadd(4, left0, left_step);
   _tile_loadd(6, right0, right_step);
   _tile_loadd(5, left1, left_step);
@@ -58,7 +58,7 @@ RF_INLINE void multiply_tiles(bool copy, const void* left0, const void* left1, i
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-  } else if (!copy) {
+  } else if constexpr (kCopy == 0) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
   } else {

@@ -314,9 +314,15 @@ template <typename M, typename T> struct Wgrad {
   template <typename Beside> void run(const Beside& beside) const {
     const int64_t partial_size = plan.slots * L * g.k, stride = partial_size + g.k;
     A* const partials = static_cast<A*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(A)));
-    add_units(params, plan, partials, partial_size, [&](int64_t part, int64_t unit, A* partial, bool fresh, A* dbias) {
-      const bool filled = beside(part, unit, run_pairs(unit));
-      add_unit(unit, partial, fresh, dbias, filled);
+    parallel_for(params.parallel, plan.parts, [&](int64_t part) {
+      A* const partial = partials + part * stride;
+      memset(partial + partial_size, 0, size_t(g.k) * sizeof(A));
+      // Neighbours differ by at most one, evenly spread.
+      const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
+      for (int64_t unit = first; unit < end; ++unit) {
+        const bool filled = beside(part, unit, run_pairs(unit));
+        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr, filled);
+      }
     });
 
     // The parts in order, whichever thread made them.

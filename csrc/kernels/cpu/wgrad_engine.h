@@ -218,20 +218,6 @@ static WgradUnit<T> wgrad_unit(const PreactConvWgradParams& params, const WgradP
   return u;
 }
 
-// Every part's units in turn: add(part, unit, partial, fresh, dbias), where `partial`, partial_size values, is fresh if nothing has
-// been added yet; dbias, null unless wanted, follows it at zero. Parts are partial_size + k values apart.
-template <typename A, typename Add>
-static void add_units(const PreactConvWgradParams& params, const WgradPlan& plan, A* partials, int64_t partial_size, const Add& add) {
-  parallel_for(params.parallel, plan.parts, [&](int64_t part) {
-    A* const partial = partials + part * (partial_size + params.g.k);
-    A* const dbias = partial + partial_size;
-    memset(dbias, 0, size_t(params.g.k) * sizeof(A));
-    // Neighbours differ by at most one, evenly spread.
-    const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
-    for (int64_t unit = first; unit < end; ++unit) add(part, unit, partial, unit == first, params.dbias ? dbias : nullptr);
-  });
-}
-
 template <typename T> static void add_bias(Acc<T>* dbias, const T* dy, int64_t pixels, int64_t channels) {
   typedef Acc<T> A;
   constexpr int L = kLanes<A>;

@@ -48,8 +48,8 @@ struct MatrixReduction {
 RF_INLINE void reduce_tiles(const MatrixReduction& r) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t step = 0; step < r.steps; ++step)
-    multiply_tiles<2>(false, r.left0 + step * kTileUnits, r.left1 + step * kTileUnits, r.left_step * 4,
-                      r.right0 + step * kTileUnits * L, r.right1 + step * kTileUnits * L, L * 4);
+    multiply_tiles<2, 0>(r.left0 + step * kTileUnits, r.left1 + step * kTileUnits, r.left_step * 4,
+                         r.right0 + step * kTileUnits * L, r.right1 + step * kTileUnits * L, L * 4);
 }
 RF_INLINE void load_tiles(const float* from) {
   constexpr int64_t L = kLanes<float>;
@@ -87,7 +87,7 @@ struct MatrixWgrad {
     uint32_t* activations;
     uint32_t* gradients;
   };
-  bool has_odd_offset() const { return g.s > 1 && g.dilation_w % 2 == 1; }
+  bool has_odd_offset() const { return !plan.pointwise && (g.s > 2 ? g.dilation_w % 2 == 1 : g.s == 2 && g.dilation_w % 2 == 1); }
 
   Operands operands(const WgradUnit<bf16>& u) const {
     Operands o = {};
@@ -188,9 +188,14 @@ struct MatrixWgrad {
   template <typename Beside> bool run(const Beside& beside) const {
     const int64_t stride = partial_size + g.k;
     float* const partials = static_cast<float*>(thread_scratch(kScratchPartial, size_t(plan.parts * stride) * sizeof(float)));
-    add_units(params, plan, partials, partial_size, [&](int64_t part, int64_t unit, float* partial, bool fresh, float* dbias) {
-      const bool filled = beside(part, unit, run_pairs(unit));
-      add_unit(unit, partial, fresh, dbias, filled);
+    parallel_for(params.parallel, plan.parts, [&](int64_t part) {
+      float* const partial = partials + part * stride;
+      memset(partial + partial_size, 0, size_t(g.k) * sizeof(float));
+      const int64_t first = part * plan.units / plan.parts, end = (part + 1) * plan.units / plan.parts;
+      for (int64_t unit = first; unit < end; ++unit) {
+        const bool filled = beside(part, unit, run_pairs(unit));
+        add_unit(unit, partial, unit == first, params.dbias ? partial + partial_size : nullptr, filled);
+      }
     });
 
     bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.slots)));
@@ -219,7 +224,8 @@ struct MatrixWgrad {
 
 // The whole as one product (wgrad_product.h).
 struct MatrixWgradProduct : WgradProduct<ModePixelPair, bf16> {
-  using WgradProduct<ModePixelPair, bf16>::WgradProduct;
+  typedef WgradProduct<ModePixelPair, bf16> Base;
+  explicit MatrixWgradProduct(const PreactConvWgradParams& params) : Base(params) {}
 
   void run() const {
     constexpr int64_t kPass = kProductPass<ModePixelPair>;
