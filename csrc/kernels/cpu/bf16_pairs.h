@@ -56,6 +56,9 @@ RF_INLINE vfloat permute(vfloat first, vfloat second, vint32 order) {
 // [even | odd], rounded to nearest even by the CPU's own conversion: denormals become 0, as in the products.
 RF_INLINE vuint32 pack_halves(vfloat even, vfloat odd) { return (vuint32)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even); }
 
+// The lanes of both, rounded like them, as pairs: lane i of `low` below lane i of `high`.
+RF_INLINE vuint32 pair_lanes(vfloat low, vfloat high) { return permute(pack_halves(low, high), kInterleave.vector()); }
+
 // 32 per-channel numbers as those of the even and of the odd channels; the first n, the others 0. Those of 16 channels may
 // stand for two pixels' (repeat).
 struct EvenOdd {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_engine.h"
+#include "transpose.h"
 
 namespace resnet_fused {
 namespace RF_VARIANT {
@@ -9,66 +10,6 @@ namespace RF_VARIANT {
 // Channels of a block that is read at once: with all taps of a vector of outputs it stays in the L1 cache, however far apart
 // its values lie in the tensor.
 constexpr int kPackChannels = 32;
-
-#if RF_LEVEL >= 2
-// As many rows as lanes, 16, transposed in place: pairs of rows, then of pairs, then of quarters of vectors.
-RF_INLINE void transpose(__m512 (&v)[16]) {
-  constexpr __mmask16 kAll = 0xffff;  // GCC 12 takes the unmasked names for reads of uninitialised vectors
-  __m512 t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_maskz_unpacklo_ps(kAll, v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_maskz_unpackhi_ps(kAll, v[2 * i], v[2 * i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {  // v[4 i + j]: lane j of each quarter, of rows 4 i to 4 i + 3
-#pragma GCC unroll 16
-    for (int j = 0; j < 2; ++j) {
-      v[4 * i + 2 * j] = _mm512_maskz_shuffle_ps(kAll, t[4 * i + j], t[4 * i + 2 + j], 0x44);
-      v[4 * i + 2 * j + 1] = _mm512_maskz_shuffle_ps(kAll, t[4 * i + j], t[4 * i + 2 + j], 0xee);
-    }
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < 4; ++j) {  // lane j of each quarter q is row 4 q + j of the result
-    const __m512 low02 = _mm512_maskz_shuffle_f32x4(kAll, v[j], v[4 + j], 0x88), low13 = _mm512_maskz_shuffle_f32x4(kAll, v[j], v[4 + j], 0xdd);
-    const __m512 high02 = _mm512_maskz_shuffle_f32x4(kAll, v[8 + j], v[12 + j], 0x88);
-    const __m512 high13 = _mm512_maskz_shuffle_f32x4(kAll, v[8 + j], v[12 + j], 0xdd);
-    t[j] = _mm512_maskz_shuffle_f32x4(kAll, low02, high02, 0x88);
-    t[8 + j] = _mm512_maskz_shuffle_f32x4(kAll, low02, high02, 0xdd);
-    t[4 + j] = _mm512_maskz_shuffle_f32x4(kAll, low13, high13, 0x88);
-    t[12 + j] = _mm512_maskz_shuffle_f32x4(kAll, low13, high13, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
-}
-typedef __m512 Row;
-#elif RF_LEVEL == 1
-// 8 rows of 8 lanes.
-RF_INLINE void transpose(__m256 (&v)[8]) {
-  __m256 t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {  // v[4 i + j]: lane j of each half, of rows 4 i to 4 i + 3
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      v[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0x44);
-      v[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0xee);
-    }
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm256_permute2f128_ps(v[j], v[4 + j], 0x20);
-    t[4 + j] = _mm256_permute2f128_ps(v[j], v[4 + j], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) v[i] = t[i];
-}
-typedef __m256 Row;
-#endif
 
 // A block of output channels is one or two vectors wide.
 template <typename A> constexpr int64_t kOutBlock = 2 * kLanes<A>;
@@ -119,6 +60,79 @@ RF_INLINE void pack_vector(float* out, int64_t width, const S* from, int64_t cha
 }
 #endif
 
+// How taps lie where they are neighbours in memory, as in NCHW: `span` values from `first` on, of which value i is tap at[i], or
+// none that is used where that is negative.
+constexpr int64_t kMostTapSpan = 64;
+struct TapSpan {
+  int64_t first, span;
+  int8_t at[kMostTapSpan];
+};
+// False: they are no neighbours, or channels are.
+RF_INLINE bool find_tap_span(TapSpan& t, const WeightLayout& layout, int64_t in_stride, int64_t out_stride, int64_t taps,
+                             const int32_t* taps_r, const int32_t* taps_s) {
+  if (RF_LEVEL < 1 || in_stride == 1 || out_stride == 1 || taps == 0 || taps > kMostTapSpan) return false;
+  const auto place = [&](int64_t tap) { return taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s; };
+  int64_t last = t.first = place(0);
+  for (int64_t tap = 1; tap < taps; ++tap) {
+    t.first = min64(t.first, place(tap));
+    last = max64(last, place(tap));
+  }
+  t.span = last - t.first + 1;
+  if (t.span > kMostTapSpan) return false;
+  memset(t.at, -1, sizeof t.at);
+  for (int64_t tap = 0; tap < taps; ++tap) t.at[place(tap) - t.first] = int8_t(tap);
+  return true;
+}
+
+#if RF_LEVEL >= 1
+// Whole vectors of outputs, [tap, tap_step apart][unit][vector][lane], each output's taps read together. `paired`: the order
+// that kPairedOutputs tells.
+template <typename M, typename T, typename S>
+static void pack_taps(typename M::Unit* out, int64_t tap_step, const S* from, int64_t channels, int64_t in_stride,
+                      int64_t out_stride, int vectors, bool paired, const TapSpan& t) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t lane_step = paired ? 2 * out_stride : out_stride, vector_step = paired ? out_stride : L * out_stride;
+  // Where outputs are further apart than inputs, each has a run of memory of its own.
+  const int64_t ahead = in_stride < out_stride ? kPackAheadBytes / int64_t(sizeof(S)) : 2 * M::kUnitChannels * in_stride;
+  from += t.first;
+  for (int64_t channel = 0; channel < channels; channel += M::kUnitChannels, from += M::kUnitChannels * in_stride)
+    for (int v = 0; v < vectors; ++v, out += L) {
+      const S* const lines = from + v * vector_step;
+      for (int64_t first = 0; first < t.span; first += L) {
+        const int n = int(min64(L, t.span - first));
+        if (M::kUnitChannels == 1 && n <= 2) {  // as the ninth of 8 lanes
+          for (int64_t i = first; i < t.span; ++i)
+            if (t.at[i] >= 0) {
+              float lanes[L];
+              for (int64_t lane = 0; lane < L; ++lane) lanes[lane] = load1(lines + lane * lane_step + i);
+              const vfloat line = load(lanes), value = sizeof(S) == sizeof(T) ? line : rounded<T>(line);
+              memcpy(out + t.at[i] * tap_step, &value, sizeof value);
+            }
+          continue;
+        }
+        Row rows[L];
+#pragma GCC unroll 16
+        for (int64_t lane = 0; lane < L; ++lane) {
+          const S* const line = lines + lane * lane_step + first;
+          prefetch_weights(line + ahead);
+          const auto value = [&](const S* p) __attribute__((always_inline)) { return n == L ? load(p) : load_partial(p, n); };
+          if constexpr (M::kUnitChannels == 2) {
+#if RF_LEVEL >= 3
+            rows[lane] = (Row)pair_lanes(value(line), channel + 1 < channels ? value(line + in_stride) : vfloat{});
+#endif
+          } else {
+            rows[lane] = (Row)(sizeof(S) == sizeof(T) ? value(line) : rounded<T>(value(line)));
+          }
+        }
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < n && t.at[first + i] >= 0) memcpy(out + t.at[first + i] * tap_step, &rows[i], sizeof rows[i]);
+      }
+    }
+}
+#endif
+
 // Values [channel][lane] of one tap, as they are used: rounded to the activation dtype. Lanes beyond `lanes` are 0.
 template <typename T> struct WeightBlock {
   typedef Acc<T> A;
@@ -161,6 +175,29 @@ template <typename T> struct WeightBlock {
       for (int64_t channel = 0; channel < channels; ++channel) store(values[channel], rounded<T>(row(channel)));
   }
 };
+
+// Those of all taps; `at`: of the first channel and output.
+template <typename T>
+static void read_taps(WeightBlock<T>* blocks, const void* weight, const WeightLayout& layout, int64_t at, int64_t channels,
+                      int64_t lanes, int64_t in_stride, int64_t out_stride, int64_t taps, const int32_t* taps_r,
+                      const int32_t* taps_s) {
+#if RF_LEVEL >= 1
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) {
+    TapSpan span;
+    if (lanes == kLanes<float> && find_tap_span(span, layout, in_stride, out_stride, taps, taps_r, taps_s)) {
+      const auto read_from = [&](const auto* from) {
+        pack_taps<ModeF32, T>(blocks[0].values[0], sizeof *blocks / sizeof(float), from + at, channels, in_stride, out_stride, 1,
+                              false, span);
+      };
+      layout.is_acc ? read_from(static_cast<const Acc<T>*>(weight)) : read_from(static_cast<const T*>(weight));
+      return;
+    }
+  }
+#endif
+  for (int64_t tap = 0; tap < taps; ++tap)
+    blocks[tap].read(weight, layout, at + taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s, channels, lanes, in_stride,
+                     out_stride);
+}
 
 struct PackLayout {
   int64_t in_channels, out_channels;
@@ -273,6 +310,19 @@ static void pack_block(typename M::Unit* out, const PackLayout& pack, int64_t ou
   for (int64_t tap = 0; filled < pack.in_units && tap < pack.taps; ++tap)
     memset(out + (tap * pack.in_units + filled) * width, 0, size_t((pack.in_units - filled) * width) * sizeof(*out));
   if (pack.out_channels - out_block * kOutBlock<A> >= width) {
+#if RF_LEVEL >= 1
+    if constexpr (sizeof(A) == sizeof(float)) {
+      TapSpan span;
+      if (find_tap_span(span, layout, in_stride, out_stride, pack.taps, taps_r, taps_s)) {
+        const auto pack_from = [&](const auto* from) {
+          pack_taps<M, T>(out, pack.in_units * width, from + out_block * kOutBlock<A> * out_stride, pack.in_channels, in_stride,
+                          out_stride, vectors, kPairedOutputs<M> && vectors == 2, span);
+        };
+        layout.is_acc ? pack_from(static_cast<const A*>(weight)) : pack_from(static_cast<const T*>(weight));
+        return;
+      }
+    }
+#endif
     bool packed = true;
     for (int64_t tap = 0; packed && tap < pack.taps; ++tap) {
       const int64_t at = taps_r[tap] * layout.stride_r + taps_s[tap] * layout.stride_s + out_block * kOutBlock<A> * out_stride;

@@ -98,7 +98,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const BandLayout largest =
       make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
 
-  // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]). Each phase has packed weights of its own.
+  // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]).
   const int64_t taps = g.r * g.s;
   const PackLayout whole = make_pack<M>(g.k, g.c, taps);
   const int64_t packed_units = pack_units<M>(whole), most_pixels = tile_pixels<M>(whole.in_units);
@@ -126,14 +126,11 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         }
   }
   phase_begin[phases] = found;
-  const int64_t tap_units = whole.out_blocks * whole.in_units * kOutBlock<A>;  // packed units of one tap, all blocks
-  parallel_for(params.parallel, phases * whole.out_blocks, [&](int64_t task) {
-    const int64_t phase = task / whole.out_blocks, block = task % whole.out_blocks;
-    const int64_t first = phase_begin[phase];
-    const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first);
-    pack_block<M, T>(packed + first * tap_units + pack_block_offset<M>(pack, block), pack, block, params.weight,
-                     params.weight_layout, params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r + first,
-                     taps_s + first);
+  // [block][tap][unit][lane]: the phases' taps together, since they are neighbours in memory.
+  const PackLayout pack = make_pack<M>(g.k, g.c, found);
+  parallel_for(params.parallel, pack.out_blocks, [&](int64_t block) {
+    pack_block<M, T>(packed + pack_block_offset<M>(pack, block), pack, block, params.weight, params.weight_layout,
+                     params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r, taps_s);
   });
 
   const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
@@ -188,16 +185,16 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first_tap = phase_begin[phase];
-      const PackLayout pack = make_pack<M>(g.k, g.c, phase_begin[phase + 1] - first_tap);
-      const TileInput<M> input = {tap_offsets + first_tap, pack.taps, layout.rows * layout.slots * B, pack.in_units};
+      const int64_t phase_taps = phase_begin[phase + 1] - first_tap;
+      const TileInput<M> input = {tap_offsets + first_tap, phase_taps, layout.rows * layout.slots * B, pack.in_units};
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
       const int64_t top = row0 * g.stride_h + phase_h, first = pointwise ? first_pixel : (image * g.h + top) * g.w + phase_w;
       const int64_t phase_rows = pointwise ? 1 : min64(rows, divide_up(g.h - top, g.stride_h));
-      if (cols <= 0 || phase_rows <= 0 || (epilogue.replaces && pack.taps == 0)) continue;
+      if (cols <= 0 || phase_rows <= 0 || (epilogue.replaces && phase_taps == 0)) continue;
       for (int64_t block = first_block; block < last_block; ++block) {
-        const Unit* const w = packed + first_tap * tap_units + pack_block_offset<M>(pack, block);
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
+        const Unit* const w = packed + pack_block_offset<M>(pack, block) + first_tap * pack.in_units * vectors * kLanes<A>;
         const PixelRows<M> pixels = {band, layout.slots * B, first, g.stride_h * g.w, phase_rows, cols};
         convolve_rows(input, pixels, w, epilogue, channel, vectors, [&] { next.advance(); });
       }

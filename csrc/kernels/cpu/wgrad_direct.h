@@ -8,18 +8,6 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 
 #if RF_LEVEL >= 3
-// The lanes of both, rounded, as pairs: lane i of `low` below lane i of `high`.
-RF_INLINE vuint32 pair_lanes(vfloat low, vfloat high) {
-  constexpr int L = kLanes<float>;
-  alignas(64) uint16_t order[2 * L];  // lane i of the first, lane i of the second, ...
-  for (int i = 0; i < L; ++i) {
-    order[2 * i] = uint16_t(i);
-    order[2 * i + 1] = uint16_t(L + i);
-  }
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (vuint32)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
-}
-
 // A band as fill_band makes it, but of pairs of neighbouring slots (2j, 2j + 1) of each residue plane, [channel block][row]
 // [residue][pair][channel]: two bf16 values to a unit. `odd`, if not null, gets the pairs (2j + 1, 2j + 2), which the taps at
 // an odd offset read.
@@ -326,18 +314,10 @@ template <typename M, typename T> struct Wgrad {
     });
 
     // The parts in order, whichever thread made them.
-    const WeightLayout& layout = params.weight_layout;
-    parallel_for(params.parallel, plan.slots, [&](int64_t slot) {
-      int64_t group = 0;
-      while (group + vectors_at(group) <= slot) group += vectors_at(group);
-      const int64_t vectors = vectors_at(group), tap = slot / plan.blocks, channel = slot % plan.blocks * L;
-      const int64_t base = tap / g.s * layout.stride_r + tap % g.s * layout.stride_s + channel * layout.stride_c;
-      for (int64_t k = 0; k < g.k; ++k) {
-        const A* from = partials + (group * g.k + k * vectors + slot - group) * L;
-        Vec<A> sum = load(from);
-        for (int64_t part = 1; part < plan.parts; ++part) sum += load(from + part * stride);
-        write_weight<T>(params.dweight, layout, base + k * layout.stride_k, sum, min64(L, g.c - channel));
-      }
+    const int64_t most = vectors_at(0);  // of a group of slots, but for the last
+    sum_parts<T>(params, plan, partials, stride, [&](int64_t tap, int64_t block, int64_t k) {
+      const int64_t slot = tap * plan.blocks + block, group = slot / most * most;
+      return (group * g.k + k * vectors_at(group) + slot - group) * L;
     });
     if (params.dbias)
       finish_bias(static_cast<A*>(params.dbias), partials + partial_size, stride, plan.parts, g.k);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "conv_engine.h"
+#include "weight_writer.h"
 #include "winograd.h"
 
 namespace resnet_fused {
@@ -255,47 +256,33 @@ template <typename A> static void finish_bias(A* dbias, const A* partials, int64
   }
 }
 
-// The first `lanes` of a vector into dweight, `step` apart, rounded to its dtype: acc or T.
-template <typename T>
-RF_INLINE void write_weight(void* dweight, bool is_acc, int64_t at, int64_t step, Vec<Acc<T>> value, int64_t lanes) {
-  if (step == 1 && lanes == kLanes<Acc<T>>) {
-    if (is_acc)
-      store(static_cast<Acc<T>*>(dweight) + at, value);
-    else
-      store(static_cast<T*>(dweight) + at, value);
-    return;
-  }
-  Acc<T> lane_value[kLanes<Acc<T>>];
-  store(lane_value, value);
-  for (int64_t lane = 0; lane < lanes; ++lane, at += step) {
-    if (is_acc)
-      static_cast<Acc<T>*>(dweight)[at] = lane_value[lane];
-    else
-      store1(static_cast<T*>(dweight) + at, lane_value[lane]);
-  }
-}
-
-// Whether dweight is stored in the dtype that it is summed in.
-template <typename T> RF_INLINE bool is_unrounded(const WeightLayout& layout) {
-  return layout.is_acc || sizeof(T) == sizeof(Acc<T>);
-}
-
-// Whether dweight goes past the caches, in whole lines: it is not read before the optimizer's step, and by then gone from them.
-constexpr int64_t kStreamedWeightBytes = int64_t(1) << 20;
-template <typename T> static bool can_stream_weights(const PreactConvWgradParams& params) {
+// dweight from the parts' sums, added in order; `partials`: the first part's, `stride` from part to part. place(tap, block, k):
+// of a vector of input channels in them; the next output's lies where place(tap, block, k + 1) says. Returns whether all are
+// finite.
+constexpr int64_t kMergedOutputs = 4;  // per task
+template <typename T, typename Place>
+static bool sum_parts(const PreactConvWgradParams& params, const WgradPlan& plan, const Acc<T>* partials, int64_t stride,
+                      const Place& place) {
   typedef Acc<T> A;
   constexpr int64_t L = kLanes<A>;
   const ConvGeometry& g = params.g;
-  const WeightLayout& layout = params.weight_layout;
-  return kCanStream<A> && is_unrounded<T>(layout) && layout.stride_c == 1 && reinterpret_cast<uintptr_t>(params.dweight) % 64 == 0 &&
-         g.c % L == 0 && layout.stride_k % L == 0 && (g.r == 1 || layout.stride_r % L == 0) &&
-         (g.s == 1 || layout.stride_s % L == 0) && g.k * g.c * g.r * g.s * int64_t(sizeof(A)) >= kStreamedWeightBytes;
-}
-
-// A vector of input channels into dweight.
-template <typename T>
-RF_INLINE void write_weight(void* dweight, const WeightLayout& layout, int64_t at, Vec<Acc<T>> value, int64_t lanes) {
-  write_weight<T>(dweight, layout.is_acc, at, layout.stride_c, value, lanes);
+  const int64_t taps = g.r * g.s, outputs = divide_up(g.k, kMergedOutputs);
+  const WeightWriter<T> writer(params, false);
+  return parallel_all(params.parallel, plan.blocks * outputs, [&](int64_t task) {
+    const int64_t block = task / outputs, first = task % outputs * kMergedOutputs, last = min64(g.k, first + kMergedOutputs);
+    A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t(kMergedOutputs * taps * L) * sizeof(A)));
+    Vec<A> probe = {};
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t k = first; k < last; ++k) {
+        const A* const from = partials + place(tap, block, k);
+        Vec<A> sum = load(from);
+        for (int64_t part = 1; part < plan.parts; ++part) sum += load(from + part * stride);
+        probe += sum - sum;
+        store(sums + ((k - first) * taps + tap) * L, sum);
+      }
+    for (int64_t k = first; k < last; ++k) writer.write(k, block, 1, sums + (k - first) * taps * L, L, 0);
+    return is_zero(probe);
+  });
 }
 
 }  // namespace RF_VARIANT

@@ -198,27 +198,12 @@ struct MatrixWgrad {
       }
     });
 
-    bool* const finite = static_cast<bool*>(thread_scratch(kScratchFlags, size_t(plan.slots)));
-    const WeightLayout& layout = params.weight_layout;
-    parallel_for(params.parallel, plan.slots, [&](int64_t slot) {
-      const int64_t tap = slot / plan.blocks, channel = slot % plan.blocks * L;
-      const int64_t base = tap / g.s * layout.stride_r + tap % g.s * layout.stride_s + channel * layout.stride_c;
-      vfloat check = {};
-      for (int64_t k = 0; k < g.k; ++k) {
-        const float* const from = partials + (k / kTileLefts * slot_pairs + slot / 2) * kMatrixSums + (k % kTileLefts * 2 + slot % 2) * L;
-        vfloat sum = load(from);
-        for (int64_t part = 1; part < plan.parts; ++part) sum += load(from + part * stride);
-        check += sum - sum;
-        write_weight<bf16>(params.dweight, layout, base + k * layout.stride_k, sum, min64(L, g.c - channel));
-      }
-      finite[slot] = true;
-      for (int64_t lane = 0; lane < L; ++lane) finite[slot] = finite[slot] && check[lane] == 0;
+    const bool finite = sum_parts<bf16>(params, plan, partials, stride, [&](int64_t tap, int64_t block, int64_t k) {
+      const int64_t slot = tap * plan.blocks + block;
+      return (k / kTileLefts * slot_pairs + slot / 2) * kMatrixSums + (k % kTileLefts * 2 + slot % 2) * L;
     });
     if (params.dbias) finish_bias(static_cast<float*>(params.dbias), partials + partial_size, stride, plan.parts, g.k);
-    if (plan.pointwise) return true;  // no product there that does not belong
-    bool all = true;
-    for (int64_t slot = 0; slot < plan.slots; ++slot) all = all && finite[slot];
-    return all;
+    return plan.pointwise || finite;  // there is no product there that does not belong
   }
 };
 
@@ -254,40 +239,35 @@ struct MatrixWgradProduct : WgradProduct<ModePixelPair, bf16> {
       }
     });
 
-    const WeightLayout& layout = params.weight_layout;
-    const bool streamed = can_stream_weights<bf16>(params);
-    const int64_t columns = divide_up(slots, int64_t(2)), left_groups = divide_up(g.k, kTileLefts);
-    const int64_t fit = max64(1, kRangeBytes / (kTileLefts * step * 4)), ranges = divide_up(left_groups, fit);
+    // Column after column, one for each tap, of the same output channels: what is read again lies in the cache.
+    const int64_t columns = divide_up(blocks, int64_t(kVectors)), taps = g.r * g.s, left_groups = divide_up(g.k, kTileLefts);
+    const int64_t fit = min64(kRangeBytes / (kTileLefts * step * 4), kSumBytes / (taps * kMatrixSums * int64_t(sizeof(float))));
+    const int64_t ranges = divide_up(left_groups, max64(1, fit));
+    const WeightWriter<bf16> writer(params, true);
     parallel_for(params.parallel, columns * ranges, [&](int64_t task) {
-      const int64_t slot = task % columns * 2, range = task / columns;
-      const bool alone = slot + 1 == slots;
+      const int64_t block = task % columns * kVectors, range = task / columns;
+      const bool alone = block + 1 == blocks;  // its sums are there twice
+      const int64_t first = split_begin(left_groups, ranges, range), last = split_begin(left_groups, ranges, range + 1);
+      const int64_t tap_step = (last - first) * kMatrixSums;
+      float* const sums = static_cast<float*>(thread_scratch(kScratchTile, size_t(taps * tap_step) * sizeof(float)));
       use_tiles(kTileUnits);
-      for (int64_t group = split_begin(left_groups, ranges, range); group < split_begin(left_groups, ranges, range + 1); ++group) {
-        const int64_t k = group * kTileLefts, outputs = min64(kTileLefts, g.k - k);
-        const uint32_t* const left0 = gradients + k * step;
-        const uint32_t* const left1 = outputs > kTileRows ? left0 + kTileRows * step : left0;
-        zero_tiles();
-        for (int64_t run = 0; run < runs; ++run) {
-          const uint32_t* const right0 = activations + run * run_units + slot * slot_units() * L;
-          reduce_tiles({left0 + run * kPass, left1 + run * kPass, step, right0, alone ? right0 : right0 + slot_units() * L,
-                        divide_up(min64(kPass, units - run * kPass), kTileUnits)});
-        }
-        alignas(64) float sums[kMatrixSums];
-        store_tiles<2>(sums);
-        for (int64_t i = 0; i < outputs; ++i)
-          for (int64_t v = 0; v < (alone ? 1 : 2); ++v) {
-            const int64_t tap = (slot + v) / blocks, channel = (slot + v) % blocks * L;
-            const int64_t at = (k + i) * layout.stride_k + channel * layout.stride_c + tap / g.s * layout.stride_r +
-                               tap % g.s * layout.stride_s;
-            const vfloat sum = load(sums + (2 * i + v) * L);
-            if (streamed)
-              stream(static_cast<float*>(params.dweight) + at, sum);
-            else
-              write_weight<bf16>(params.dweight, layout, at, sum, min64(L, g.c - channel));
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t group = first; group < last; ++group) {
+          const int64_t k = group * kTileLefts;
+          const uint32_t* const left0 = gradients + k * step;
+          const uint32_t* const left1 = g.k - k > kTileRows ? left0 + kTileRows * step : left0;
+          zero_tiles();
+          for (int64_t run = 0; run < runs; ++run) {
+            const uint32_t* const right0 = activations + run * run_units + (tap * blocks + block) * slot_units() * L;
+            reduce_tiles({left0 + run * kPass, left1 + run * kPass, step, right0, alone ? right0 : right0 + slot_units() * L,
+                          divide_up(min64(kPass, units - run * kPass), kTileUnits)});
           }
-      }
+          store_tiles<2>(sums + tap * tap_step + (group - first) * kMatrixSums);
+        }
       _tile_release();
-      if (streamed) stream_fence();
+      for (int64_t k = first * kTileLefts; k < min64(g.k, last * kTileLefts); ++k)
+        writer.write(k, block, alone ? 1 : 2, sums + (k - first * kTileLefts) * 2 * L, tap_step, L);
+      writer.finish();
     });
     if (params.dbias) whole_bias<bf16>(params);
   }

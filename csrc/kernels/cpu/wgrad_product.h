@@ -17,7 +17,8 @@ template <typename M> constexpr int64_t kProductPass = M::kUnitChannels == 2 ? 1
 constexpr int64_t kReadUnits = 8;                     // units of pixels whose operands are read beside each other,
 constexpr int64_t kReadBlocks = 16;                   // so many vectors of input channels, or tiles of output channels, to a task
 constexpr int64_t kRangeBytes = int64_t(512) << 10;   // of the gradients that stay in a core's cache from task to task
-constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most: its sums fill an L1 cache
+constexpr int64_t kProductGroups = 16;                // tiles of output channels to a task, at most,
+constexpr int64_t kSumBytes = int64_t(256) << 10;     // and of its sums under all taps, which stay in the L2 cache
 
 template <typename M, typename T> struct WgradProduct {
   typedef typename M::Unit Unit;
@@ -147,51 +148,44 @@ template <typename M, typename T> struct WgradProduct {
     Unit* const gradients = activations + all - units * g.k;
     arrange(activations, gradients);
 
-    const WeightLayout& layout = params.weight_layout;
-    const bool streamed = can_stream_weights<T>(params);
-
-    // Column after column of the same output channels: what is read again lies in the cache.
-    constexpr int64_t kOutputs = tile_outputs(kVectors);
-    const int64_t fit = max64(1, min64(kProductGroups, kRangeBytes / (kOutputs * units * int64_t(sizeof(Unit)))));
-    const int64_t columns = divide_up(slots, int64_t(kVectors)), ranges = divide_up(groups, fit);
+    // Column after column, one for each tap, of the same output channels: what is read again lies in the cache.
+    constexpr int64_t kOutputs = tile_outputs(kVectors), kTileSize = kOutputs * kVectors * L;
+    const int64_t columns = divide_up(blocks, int64_t(kVectors)), taps = g.r * g.s;
+    const int64_t fit = min64(min64(kProductGroups, kRangeBytes / (kOutputs * units * int64_t(sizeof(Unit)))),
+                              kSumBytes / (taps * kTileSize * int64_t(sizeof(A))));
+    const int64_t ranges = divide_up(groups, max64(1, fit));
+    const WeightWriter<T> writer(params, true);
     parallel_for(params.parallel, columns * ranges, [&](int64_t task) {
-      const int64_t slot = task % columns * kVectors, range = task / columns;
-      const int vectors = int(min64(kVectors, slots - slot));
+      const int64_t block = task % columns * kVectors, range = task / columns;
+      const int vectors = int(min64(kVectors, blocks - block));
       const int64_t first = split_begin(groups, ranges, range), last = split_begin(groups, ranges, range + 1);
-      constexpr int64_t kTileSize = kOutputs * kVectors * L;
-      A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t((last - first) * kTileSize) * sizeof(A)));
+      const int64_t tap_step = (last - first) * kTileSize;
+      A* const sums = static_cast<A*>(thread_scratch(kScratchTile, size_t(taps * tap_step) * sizeof(A)));
       GradTile<M> tile = {};
       tile.images = tile.rows = 1;
-      for (int64_t unit = 0; unit < units; unit += kProductPass<M>) {
-        tile.fresh = unit == 0;
-        tile.cols = min64(kProductPass<M>, units - unit);
-        for (int v = 0; v < vectors; ++v)
-          tile.a[v] = activations + unit / kProductPass<M> * run_units + (slot + v) * slot_units() * L;
-        for (int64_t group = first; group < last; ++group) {
-          const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
-          tile.dy = gradients + k * units + unit * outputs;
-          tile.dy_pixel = outputs;
-          if (vectors == 2)
-            run_tile<M, 2>(int(outputs), tile, sums + (group - first) * kTileSize);
-          else
-            run_tile<M, 1>(int(outputs), tile, sums + (group - first) * kTileSize);
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t unit = 0; unit < units; unit += kProductPass<M>) {
+          tile.fresh = unit == 0;
+          tile.cols = min64(kProductPass<M>, units - unit);
+          for (int v = 0; v < vectors; ++v)
+            tile.a[v] = activations + unit / kProductPass<M> * run_units + (tap * blocks + block + v) * slot_units() * L;
+          for (int64_t group = first; group < last; ++group) {
+            const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
+            tile.dy = gradients + k * units + unit * outputs;
+            tile.dy_pixel = outputs;
+            A* const at = sums + tap * tap_step + (group - first) * kTileSize;
+            if (vectors == 2)
+              run_tile<M, 2>(int(outputs), tile, at);
+            else
+              run_tile<M, 1>(int(outputs), tile, at);
+          }
         }
-      }
       for (int64_t group = first; group < last; ++group) {
         const int64_t k = split_begin(g.k, groups, group), outputs = split_begin(g.k, groups, group + 1) - k;
         for (int64_t i = 0; i < outputs; ++i)
-          for (int v = 0; v < vectors; ++v) {
-            const int64_t tap = (slot + v) / blocks, channel = (slot + v) % blocks * L;
-            const int64_t at = (k + i) * layout.stride_k + channel * layout.stride_c + tap / g.s * layout.stride_r +
-                               tap % g.s * layout.stride_s;
-            const Vec<A> sum = load(sums + (group - first) * kTileSize + (i * vectors + v) * L);
-            if (streamed)
-              stream(static_cast<A*>(params.dweight) + at, sum);
-            else
-              write_weight<T>(params.dweight, layout, at, sum, min64(L, g.c - channel));
-          }
+          writer.write(k + i, block, vectors, sums + (group - first) * kTileSize + i * vectors * L, tap_step, L);
       }
-      if (streamed) stream_fence();
+      writer.finish();
     });
     if (params.dbias) whole_bias<T>(params);
   }

@@ -168,12 +168,12 @@ static void pack_winograd(float* packed, float* norms, const PackLayout& pack, i
   const int64_t width = int64_t(vectors) * L, position_step = winograd_position_step(pack, vectors);
   float* at = packed + winograd_block_offset<F>(pack, block) + unit0 * width + vector % 2 * L;
   WeightBlock<T> taps[3][3];
-  for (int r = 0; r < 3; ++r)
-    for (int s = 0; s < 3; ++s)
-      taps[r][s].read(weight, layout,
-                      (flipped ? 2 - r : r) * layout.stride_r + (flipped ? 2 - s : s) * layout.stride_s + unit0 * in_stride +
-                          first * out_stride,
-                      units, lanes, in_stride, out_stride);
+  int32_t taps_r[9], taps_s[9];
+  for (int32_t tap = 0; tap < 9; ++tap) {
+    taps_r[tap] = flipped ? 2 - tap / 3 : tap / 3;
+    taps_s[tap] = flipped ? 2 - tap % 3 : tap % 3;
+  }
+  read_taps(taps[0], weight, layout, unit0 * in_stride + first * out_stride, units, lanes, in_stride, out_stride, 9, taps_r, taps_s);
   vfloat sum = {};
   for (int64_t unit = 0; unit < units; ++unit, at += width) {
     vfloat columns[P][3];
@@ -287,12 +287,10 @@ RF_INLINE void transform_outputs(float* out, int64_t row_step, const float* m, i
 }
 
 // Whether a sum of values times 0 is 0 in every lane: then all values were finite.
-RF_INLINE bool is_zero(vfloat probe) {
-  float lanes[kLanes<float>];
-  store(lanes, probe);
-  for (float lane : lanes)
-    if (lane != 0) return false;
-  return true;
+template <typename V> RF_INLINE bool is_zero(V probe) {
+  bool zero = true;
+  for (size_t lane = 0; lane < sizeof probe / sizeof probe[0]; ++lane) zero = zero && probe[lane] == 0;
+  return zero;
 }
 // Runs all tasks; whether the body returned true for each of them.
 template <typename F> static bool parallel_all(const Parallel& parallel, int64_t tasks, const F& body) {

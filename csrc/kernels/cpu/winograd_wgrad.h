@@ -194,16 +194,14 @@ template <typename T> struct WinogradWgrad {
     });
 
     // The parts in order, whichever thread made them, then G^T ... G.
-    const WeightLayout& layout = params.weight_layout;
+    const WeightWriter<T> writer(params, false);
     constexpr int64_t kOutputs = 4;  // per task
     const int64_t outputs = divide_up(g.k, kOutputs), tasks = plan.blocks * outputs;
     const bool finite = parallel_all(params.parallel, tasks, [&](int64_t task) {
       const int64_t block = task / outputs, group = block / 2 * 2, vectors = min64(2, plan.blocks - group);
-      const int64_t channel = block * L;
       Vec<A> probe = {};
       for (int64_t k = task % outputs * kOutputs; k < min64(g.k, (task % outputs + 1) * kOutputs); ++k) {
         const A* const first = partials + (group * g.k + k * vectors + block - group) * L;
-        const int64_t base = channel * layout.stride_c + k * layout.stride_k, lanes = min64(L, g.c - channel);
         A taps[9][L];
         transform_weight_gradient<F>(taps, [&](int64_t position, int half) __attribute__((always_inline)) {
           vdouble sum = {};
@@ -211,11 +209,8 @@ template <typename T> struct WinogradWgrad {
             sum += load_wide(first + position * sum_step + part * stride + half * L / 2);
           return sum;
         });
-        for (int tap = 0; tap < 9; ++tap) {
-          const vfloat value = load(taps[tap]);
-          probe += value * 0.f;
-          write_weight<T>(params.dweight, layout, base + tap / 3 * layout.stride_r + tap % 3 * layout.stride_s, value, lanes);
-        }
+        for (int tap = 0; tap < 9; ++tap) probe += load(taps[tap]) * 0.f;
+        writer.write(k, block, 1, taps[0], L, 0);
       }
       return is_zero(probe);
     });

@@ -131,7 +131,7 @@ template <typename T> struct WinogradWgradProduct {
     }
   }
 
-  // A vector of input channels of dweight, which is of dtype acc; write_weight stores one.
+  // A vector of input channels of dweight, which is of dtype acc.
   vfloat read(int64_t at, int64_t lanes) const {
     const A* const from = static_cast<const A*>(params.dweight) + at;
     const int64_t step = params.weight_layout.stride_c;
@@ -143,28 +143,27 @@ template <typename T> struct WinogradWgradProduct {
 
   // A block's sums to dweight, added to what is there if that is not fresh; returns 0 in every lane, or NaN where a weight is
   // not finite.
-  vfloat write(const A* sums, int64_t slot, int vectors, int64_t block, bool fresh, bool streamed) const {
+  vfloat write(const WeightWriter<T>& writer, const A* sums, int64_t slot, int vectors, int64_t block, bool fresh) const {
     const WeightLayout& layout = params.weight_layout;
     vfloat probe = {};
     for (int64_t i = 0; i < min64(kGradBlock, g.k - block * kGradBlock); ++i) {
+      const int64_t k = block * kGradBlock + i;
       A taps[kVectors][9][L];
-      for (int v = 0; v < vectors; ++v)
+      for (int v = 0; v < vectors; ++v) {
         transform_weight_gradient<F>(taps[v], [&](int64_t position, int half) __attribute__((always_inline)) {
           return load_wide(sums + position * kSumStep + (i * vectors + v) * L + half * L / 2);
         });
-      for (int tap = 0; tap < 9; ++tap)  // neighbours in memory one after the other
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t channel = (slot + v) * L;
-          const int64_t at = (block * kGradBlock + i) * layout.stride_k + channel * layout.stride_c + tap / 3 * layout.stride_r +
-                             tap % 3 * layout.stride_s;
+        const int64_t channel = (slot + v) * L, at = k * layout.stride_k + channel * layout.stride_c;
+        for (int tap = 0; tap < 9; ++tap) {
           vfloat value = load(taps[v][tap]);
-          if (!fresh) value += read(at, min64(L, g.c - channel));
+          if (!fresh) {
+            value += read(at + tap / 3 * layout.stride_r + tap % 3 * layout.stride_s, min64(L, g.c - channel));
+            store(taps[v][tap], value);
+          }
           probe += value * 0.f;
-          if (streamed)
-            stream(static_cast<A*>(params.dweight) + at, value);
-          else
-            write_weight<T>(params.dweight, layout, at, value, min64(L, g.c - channel));
         }
+      }
+      writer.write(k, slot, vectors, taps[0][0], L, 9 * L);
     }
     return probe;
   }
@@ -186,7 +185,8 @@ template <typename T> struct WinogradWgradProduct {
     const int64_t ranges = divide_up(grad_blocks, max64(1, kWinogradGradBytes / block_bytes));
     const int64_t columns = divide_up(blocks, int64_t(kVectors)), tasks = ranges * columns;
     const int64_t count = image_count * tile_rows * tile_cols;
-    const bool fresh = first_image == 0, streamed = first_image + image_count == g.n && can_stream_weights<T>(params);
+    const bool fresh = first_image == 0;
+    const WeightWriter<T> writer(params, first_image + image_count == g.n);
     return parallel_all(params.parallel, tasks, [&](int64_t task) {
       const int64_t range = task / columns, slot = task % columns * kVectors;
       const int vectors = int(min64(kVectors, blocks - slot));
@@ -197,8 +197,8 @@ template <typename T> struct WinogradWgradProduct {
           multiply(sums + (block - begin) * kBlockSums, inputs, gradients, count, position, slot, vectors, block);
       vfloat probe = {};
       for (int64_t block = begin; block < end; ++block)
-        probe += write(sums + (block - begin) * kBlockSums, slot, vectors, block, fresh, streamed);
-      if (streamed) stream_fence();
+        probe += write(writer, sums + (block - begin) * kBlockSums, slot, vectors, block, fresh);
+      writer.finish();
       return is_zero(probe);
     });
   }
