@@ -28,6 +28,12 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(5, 176, 3, 4, 336, (3, 3), (1, 1), (2, 2), (2, 2)),  # the same with several taps, in channels_last
     Shape(3, 160, 5, 6, 352, (3, 3), (2, 2), (1, 1)),
 ]
+# Weights that do not stay in a cache from image to image: several images to a task, whose numbers differ, and groups of blocks.
+MANY_WEIGHTS = [
+    Shape(21, 192, 5, 4, 128, (5, 5), (1, 1), (2, 2)),
+    Shape(37, 208, 7, 6, 144, (3, 3), (2, 2), (1, 1)),
+    Shape(3, 144, 6, 5, 323, (3, 3), (1, 1), (2, 2), (2, 2)),
+]
 FEW_TILES = [  # the weight gradient by Winograd's filtering as one product: at least 16 tiles, and 32 weights to a tile
     Shape(16, 176, 4, 4, 184, (3, 3), (1, 1), (1, 1)),  # float32: 64 tiles; float32 masters of bfloat16 past the caches
     Shape(66, 72, 4, 3, 104, (3, 3), (1, 1), (1, 1)),  # bfloat16, where pairs are multiplied too
@@ -77,7 +83,7 @@ def sparse_integers(*size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", FEW_PIXELS + FEW_TILES, ids=name_of)
+@pytest.mark.parametrize("shape", FEW_PIXELS + MANY_WEIGHTS + FEW_TILES, ids=name_of)
 def test_integers_of_few_pixels_are_exact(shape, dtype):
     x, weight, dy = tensors(shape, dtype, sparse_integers)
     identity = identity_bn(shape.c, dtype)
@@ -88,14 +94,19 @@ def test_integers_of_few_pixels_are_exact(shape, dtype):
     )
     dz = torch.where(x > 0, da, 0.0)
     assert max(t.abs().max() for t in (y, dz, dw)) <= 256  # what bfloat16 holds exactly
+    deviations = y - y.mean((0, 2, 3), keepdim=True)
+    moments = torch.stack((y.mean((0, 2, 3)), deviations.square().sum((0, 2, 3))))
+    magnitudes = torch.stack((y.abs().mean((0, 2, 3)), moments[1]))
 
     def check(backend):
-        out, _ = primitives.preact_conv_forward(x, identity, weight, None, None, 0.0, *shape.geometry, True)
+        out, stats = primitives.preact_conv_forward(x, identity, weight, None, None, 0.0, *shape.geometry, True)
         assert torch.equal(out.double(), y)
+        assert ((stats.double() - moments).abs() <= 1e-5 * magnitudes).all()
         out, sums = primitives.preact_conv_dgrad(dy, weight, x, identity, None, 0.0, *shape.geometry)
         assert torch.equal(out.double(), dz)
         assert torch.equal(sums.double(), torch.stack((dz.sum((0, 2, 3)), (dz * x.double()).sum((0, 2, 3)))))
-        for like in (weight, weight.to(acc(dtype)).contiguous(memory_format=CL)):
+        masters = weight.to(acc(dtype))
+        for like in (weight, masters, masters.contiguous(memory_format=CL)):
             out, dbias = primitives.preact_conv_wgrad(dy, x, identity, like, 0.0, *shape.geometry, True)
             assert torch.equal(out.double(), dw)
             assert torch.equal(dbias.double(), dy.double().sum((0, 2, 3)))
@@ -192,7 +203,7 @@ def test_accuracy_of_weight_gradients(backend, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [
-    *FEW_PIXELS[:4], *FEW_PIXELS[-3:], *FEW_TILES, *SOME_AFTER_OTHERS, *FEW_CHANNELS, *POINTWISE[3:7],
+    *FEW_PIXELS[:4], *FEW_PIXELS[-3:], *MANY_WEIGHTS, *FEW_TILES, *SOME_AFTER_OTHERS, *FEW_CHANNELS, *POINTWISE[3:7],
 ], ids=name_of)  # fmt: skip
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_same_bits_on_any_number_of_threads(backend, threads, shape, dtype):
@@ -320,20 +331,29 @@ def test_both_gradients_of_1x1_where_there_is_no_kernel():
     (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32),
 ], ids=name_of)  # fmt: skip
 @pytest.mark.parametrize("c, k", [(37, 75), (64, 32), (33, 48)])
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 3), (2, 2), (5, 5), (7, 5)], ids=str)
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_weights_of_every_layout(backend, kernel, c, k, dtype, parameters):
-    """Packed from any layout the weights are the same, direct (stride 2) and by Winograd's filtering (stride 1)."""
+    """Packed from any layout the weights are the same, and so are the gradients, direct (stride 2) and by Winograd's
+    filtering (stride 1)."""
     x = torch.randn(3, c, 6, 6).to(dtype).contiguous(memory_format=CL)
-    weight, bn = torch.randn(k, c, kernel, kernel).to(parameters), bn_rows(c, dtype)
+    weight, bn = torch.randn(k, c, *kernel).to(parameters), bn_rows(c, dtype)
     weight.view(-1)[::11] *= 1e-39  # denormals
     layouts = [weight, weight.contiguous(memory_format=CL), weight.transpose(0, 1).contiguous().transpose(0, 1)]
     layouts.append(weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))  # output channels next to each other
-    apart = weight.new_empty(k, 2 * c, kernel, 2 * kernel)[:, ::2, :, ::2].copy_(weight)  # no neighbours
+    for step in (2, 3, 70):  # of channels none are neighbours; taps nearly are, or not at all
+        spaced = weight.new_full((k, 2 * c, kernel[0], step * kernel[1]), torch.nan)[:, ::2, :, ::step]
+        layouts.append(spaced.copy_(weight))
     for stride in (1, 2):
-        geometry = ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
-        y, _ = primitives.preact_conv_forward(x, bn, apart, None, None, 0.0, *geometry, False)
-        dz, _ = primitives.preact_conv_dgrad(y, apart, x, bn, None, 0.0, *geometry)
-        for other in layouts:
-            assert torch.equal(primitives.preact_conv_forward(x, bn, other, None, None, 0.0, *geometry, False)[0], y)
-            assert torch.equal(primitives.preact_conv_dgrad(y, other, x, bn, None, 0.0, *geometry)[0], dz)
+        geometry = ((stride, stride), (kernel[0] // 2, kernel[1] // 2), (1, 1), 1)
+
+        def results(weight, geometry=geometry):
+            y, _ = primitives.preact_conv_forward(x, bn, weight, None, None, 0.0, *geometry, False)
+            dz, _ = primitives.preact_conv_dgrad(y, weight, x, bn, None, 0.0, *geometry)
+            return y, dz, *primitives.preact_conv_wgrad(y, x, bn, weight, 0.0, *geometry, True)
+
+        expected = results(layouts[-1])
+        assert all(t.isfinite().all() for t in expected)
+        for other in layouts[:-1]:
+            got = results(other)
+            assert all(map(torch.equal, got, expected)) and got[2].stride() == torch.empty_like(other).stride()

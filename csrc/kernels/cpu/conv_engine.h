@@ -64,9 +64,9 @@ static BandLayout make_band(int64_t channels, int64_t rows, int64_t cols, int64_
   return b;
 }
 template <typename M> static int64_t band_units(const BandLayout& b) { return b.blocks * b.rows * b.slots * kBlock<M>; }
-// With what a tile may read behind it.
-template <typename M> static int64_t band_scratch_units(const BandLayout& b) {
-  return band_units<M>(b) + (M::kUnitChannels == 2 ? kOverreadUnits : 0);
+// Of so many bands, with what a tile may read behind them.
+template <typename M> static int64_t band_scratch_units(const BandLayout& b, int64_t images = 1) {
+  return images * band_units<M>(b) + (M::kUnitChannels == 2 ? kOverreadUnits : 0);
 }
 
 // Null bn means none.
@@ -275,6 +275,41 @@ RF_INLINE int64_t rows_per_band(int64_t out_rows, int64_t row_bytes, int64_t row
   const int64_t fit = max64(1, (kBandBytes / max64(1, row_bytes) - halo_rows) / row_step);
   const int64_t bands = divide_up(out_rows, min64(fit, out_rows));
   return divide_up(out_rows, bands);
+}
+
+// How a convolution is cut up otherwise, by its shape alone: parts are bands of output rows of an image, or several whole images.
+// The latter take turns with each block of output channels, whose weights are read once for all of them; and where parts are few
+// then, tasks are groups of blocks, each of which prepares the images anew.
+struct BandPlan {
+  int64_t images, out_rows;            // of all
+  int64_t band_rows, bands;            // of one image
+  int64_t parts, most_images, blocks, groups;
+
+  // Part after part of the same blocks: their weights lie in the cache.
+  int64_t tasks() const { return groups * parts; }
+  int64_t part(int64_t task) const { return task % parts; }
+  int64_t first_block(int64_t task) const { return split_begin(blocks, groups, task / parts); }
+  int64_t last_block(int64_t task) const { return split_begin(blocks, groups, task / parts + 1); }
+  int64_t first_image(int64_t part) const { return bands > 1 ? part / bands : split_begin(images, parts, part); }
+  int64_t image_count(int64_t part) const { return bands > 1 ? 1 : first_image(part + 1) - first_image(part); }
+  int64_t first_row(int64_t part) const { return bands > 1 ? part % bands * band_rows : 0; }
+  int64_t row_count(int64_t part) const { return min64(band_rows, out_rows - first_row(part)); }
+};
+constexpr int64_t kCachedWeightBytes = int64_t(512) << 10;  // stay in a core's cache from image to image
+constexpr int64_t kGroupBandBytes = RF_LEVEL >= 2 ? 2 * kBandBytes : kBandBytes;
+constexpr int64_t kImageGroupBlocks = 4;                    // as kGroupBlocks
+static inline BandPlan plan_bands(int64_t images, int64_t out_rows, int64_t band_rows, int64_t band_bytes, int64_t blocks,
+                                  int64_t weight_bytes) {
+  BandPlan plan = {images, out_rows, band_rows, divide_up(out_rows, band_rows), 0, 1, blocks, 1};
+  plan.parts = images * plan.bands;
+  if (plan.bands > 1 || weight_bytes <= kCachedWeightBytes) return plan;
+  const int64_t parts = divide_up(images, max64(1, kGroupBandBytes / band_bytes));
+  plan.parts = 1;
+  while (plan.parts < min64(parts, kEvenTasks)) plan.parts *= 2;
+  plan.parts = min64(images, parts > kEvenTasks ? round_up(parts, int64_t(8)) : plan.parts);
+  plan.most_images = divide_up(images, plan.parts);
+  while (plan.tasks() < kEvenTasks && 2 * plan.groups * kImageGroupBlocks <= blocks) plan.groups *= 2;
+  return plan;
 }
 
 }  // namespace RF_VARIANT

@@ -126,12 +126,11 @@ __attribute__((noinline)) void finish_pixels(const float* sums, const Epilogue& 
 
 template <typename M, int NV, typename Epilogue, typename Advance>
 static void convolve_in_matrix_tiles(const TileInput<M>& t, const PixelRows<M>& p, const uint32_t* w, const Epilogue& epilogue,
-                                     int64_t channel, const Advance& advance) {
+                                     int64_t channel, int64_t done, const Advance& advance) {
   constexpr int64_t kHalf = kTileRows * NV * kLanes<float>;
   typedef typename SlotRuns<M>::Run Run;
   SlotRuns<M> slots(p);
   alignas(64) float sums[2 * kHalf];
-  int64_t done = 0;
   for (Run run[2]; slots.next(run[0]);) {
     const int runs = slots.next(run[1]) ? 2 : 1;
     const uint32_t* const in = slots.in(run[0]);
@@ -148,18 +147,17 @@ static void convolve_in_matrix_tiles(const TileInput<M>& t, const PixelRows<M>& 
 #endif
 
 // All of these pixels and `vectors` vectors of output channels from `channel` on. Between begin_convolution and end_convolution.
-// advance(): called with every tile.
+// done: pixels of these channels that the epilogue has had before; advance(): called with every tile.
 template <typename M, typename Epilogue, typename Advance>
 RF_INLINE void convolve_rows(const TileInput<M>& t, const PixelRows<M>& p, const typename M::Unit* w, const Epilogue& epilogue,
-                             int64_t channel, int vectors, const Advance& advance) {
+                             int64_t channel, int vectors, int64_t done, const Advance& advance) {
 #if RF_LEVEL >= 4
   if constexpr (M::kUnitChannels == 2)
     if (uses_matrix_tiles<M>(t.in_units))
-      return vectors == 2 ? convolve_in_matrix_tiles<M, 2>(t, p, w, epilogue, channel, advance)
-                          : convolve_in_matrix_tiles<M, 1>(t, p, w, epilogue, channel, advance);
+      return vectors == 2 ? convolve_in_matrix_tiles<M, 2>(t, p, w, epilogue, channel, done, advance)
+                          : convolve_in_matrix_tiles<M, 1>(t, p, w, epilogue, channel, done, advance);
 #endif
   const int64_t tiles = (p.cols + kTilePixels - 1) / kTilePixels;
-  int64_t done = 0;
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = split_begin(p.cols, tiles, i);

@@ -76,7 +76,7 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
     const PixelRows<M> rows = {band, 0, first, 0, 1, pixels};
     for (int64_t block = 0; block < pack.out_blocks; ++block)
       convolve_rows(input, rows, packed + pack_block_offset<M>(pack, block), epilogue, block * kOutBlock<A>,
-                    pack_vectors<M>(pack, block), [] {});
+                    pack_vectors<M>(pack, block), 0, [] {});
     end_convolution<M>(pack.in_units);
     if (streamed) stream_fence();
     return false;

@@ -91,17 +91,19 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const Extent ew = extent_of(g.s, g.stride_w, g.pad_w, g.dilation_w);
   const int64_t index_rows = divide_up(g.h, g.stride_h), index_cols = divide_up(g.w, g.stride_w);
   const int64_t band_cols = pointwise ? divide_up(runs.pixels, runs.runs) : index_cols + ew.most - ew.least;
-  const int64_t band_rows =
-      pointwise ? 1 : rows_per_band(index_rows, blocks * band_cols * RF_VECTOR_BYTES, 1, eh.most - eh.least);
-  const int64_t bands = divide_up(index_rows, band_rows);
-  const int64_t parts = pointwise ? runs.runs : g.n * bands, tasks = pointwise ? runs.tasks() : parts;
-  const BandLayout largest =
-      make_band<M>(g.k, pointwise ? 1 : band_rows + eh.most - eh.least, band_cols, 1);
+  const int64_t row_bytes = blocks * band_cols * RF_VECTOR_BYTES;
+  const int64_t band_rows = pointwise ? 1 : rows_per_band(index_rows, row_bytes, 1, eh.most - eh.least);
+  const int64_t in_rows = pointwise ? 1 : band_rows + eh.most - eh.least;
+  const BandLayout largest = make_band<M>(g.k, in_rows, band_cols, 1);
 
   // Taps sorted by phase: [phase_begin[i], phase_begin[i+1]).
   const int64_t taps = g.r * g.s;
   const PackLayout whole = make_pack<M>(g.k, g.c, taps);
   const int64_t packed_units = pack_units<M>(whole), most_pixels = tile_pixels<M>(whole.in_units);
+  const BandPlan bands = plan_bands(g.n, index_rows, band_rows, in_rows * row_bytes, whole.out_blocks,
+                                    packed_units * int64_t(sizeof(Unit)));
+  const int64_t parts = pointwise ? runs.runs : bands.parts, tasks = pointwise ? runs.tasks() : bands.tasks();
+  const int64_t scratch_units = band_scratch_units<M>(largest, pointwise ? 1 : bands.most_images);
   char* const shared = static_cast<char*>(thread_scratch(
       kScratchPack, size_t(packed_units) * sizeof(Unit) + size_t(phases + 1 + 2 * taps) * sizeof(int64_t) +
                         size_t(2 * taps) * sizeof(int32_t)));
@@ -138,25 +140,27 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
-        kScratchActivation, size_t(band_scratch_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
-    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_scratch_units<M>(largest));
+        kScratchActivation, size_t(scratch_units) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + scratch_units);
     begin_convolution<M>(whole.in_units);
-    int64_t image = 0, row0 = 0, rows = 1, first_pixel = 0, part = task, first_block = 0, last_block = whole.out_blocks;
+    const int64_t part = pointwise ? runs.run(task) : bands.part(task);
+    const int64_t first_block = pointwise ? runs.first_block(task) : bands.first_block(task);
+    const int64_t last_block = pointwise ? runs.last_block(task) : bands.last_block(task);
+    int64_t image = 0, images = 1, row0 = 0, rows = 1, first_pixel = 0;
     BandLayout layout;
     if (pointwise) {
-      part = runs.run(task);
-      first_block = runs.first_block(task);
-      last_block = runs.last_block(task);
       first_pixel = runs.first_pixel(part);
       layout = make_band<M>(g.k, 1, runs.pixel_count(part), 1);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + first_pixel * g.k, 1, layout.cols, 0, 0, none);
     } else {
-      image = task / bands;
-      row0 = task % bands * band_rows;
-      rows = min64(band_rows, index_rows - row0);
+      image = bands.first_image(part);
+      images = bands.image_count(part);
+      row0 = bands.first_row(part);
+      rows = bands.row_count(part);
       layout = make_band<M>(g.k, rows + eh.most - eh.least, band_cols, 1);
-      fill_band<M, T>(band, layout, static_cast<const T*>(params.dy) + image * g.p * g.q * g.k, g.p, g.q,
-                      row0 + eh.least, ew.least, none);
+      for (int64_t i = 0; i < images; ++i)
+        fill_band<M, T>(band + i * band_units<M>(layout), layout, static_cast<const T*>(params.dy) + (image + i) * g.p * g.q * g.k,
+                        g.p, g.q, row0 + eh.least, ew.least, none);
     }
     const DgradEpilogue<T> epilogue = start_epilogue<T>(
         params, part, first_block * kOutBlock<A>, min64(g.c, last_block * kOutBlock<A>), partial, streamed,
@@ -171,17 +175,18 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         begin = first = runs.first_pixel(part + 1);
         end = last = begin + runs.pixel_count(part + 1);
       } else {
-        const int64_t image = (task + 1) / bands, index = (task + 1) % bands * band_rows;
+        const int64_t image = bands.first_image(part + 1), last_image = image + bands.image_count(part + 1) - 1;
+        const int64_t index = bands.first_row(part + 1);
         begin = (image * g.p + min64(g.p, max64(0, index + eh.least))) * g.q;
-        end = (image * g.p + min64(g.p, max64(0, index + band_rows + eh.most))) * g.q;
+        end = (last_image * g.p + min64(g.p, max64(0, index + band_rows + eh.most))) * g.q;
         first = (image * g.h + index * g.stride_h) * g.w;
-        last = (image * g.h + min64(g.h, (index + band_rows) * g.stride_h)) * g.w;
+        last = (last_image * g.h + min64(g.h, (index + band_rows) * g.stride_h)) * g.w;
       }
       next.add(dy + begin * g.k, dy + end * g.k);
       // Where dz_in is replaced, three pixels of four are not read.
       if (!epilogue.replaces) next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in && !epilogue.replaces) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
-      next.divide((last_block - first_block) * phases * rows * divide_up(pointwise ? layout.cols : index_cols, most_pixels));
+      next.divide((last_block - first_block) * images * phases * rows * divide_up(pointwise ? layout.cols : index_cols, most_pixels));
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first_tap = phase_begin[phase];
@@ -195,8 +200,11 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);
         const Unit* const w = packed + pack_block_offset<M>(pack, block) + first_tap * pack.in_units * vectors * kLanes<A>;
-        const PixelRows<M> pixels = {band, layout.slots * B, first, g.stride_h * g.w, phase_rows, cols};
-        convolve_rows(input, pixels, w, epilogue, channel, vectors, [&] { next.advance(); });
+        for (int64_t i = 0; i < images; ++i) {
+          const PixelRows<M> pixels = {band + i * band_units<M>(layout), layout.slots * B, first + i * g.h * g.w,
+                                       g.stride_h * g.w, phase_rows, cols};
+          convolve_rows(input, pixels, w, epilogue, channel, vectors, 0, [&] { next.advance(); });
+        }
       }
     }
     end_convolution<M>(whole.in_units);

@@ -9,25 +9,6 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 namespace {
 
-// Bands of output rows of one image.
-struct BandPlan {
-  int64_t bands, band_rows, tasks;
-  int64_t rows, cols;  // of the input band, at most
-};
-template <typename M> BandPlan plan_bands(const ConvGeometry& g) {
-  BandPlan plan = {};
-  const BandSteps steps = band_steps(g);
-  const int64_t halo_h = g.dilation_h * (g.r - 1) + 1;
-  plan.cols = (g.q - 1) * steps.stride_w + g.dilation_w * (g.s - 1) + 1;
-  const int64_t blocks = divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels);
-  const int64_t row_bytes = blocks * round_up(plan.cols, steps.stride_w) * RF_VECTOR_BYTES;
-  plan.band_rows = rows_per_band(g.p, row_bytes, steps.stride_h, halo_h - steps.stride_h);
-  plan.bands = divide_up(g.p, plan.band_rows);
-  plan.tasks = g.n * plan.bands;
-  plan.rows = (plan.band_rows - 1) * steps.stride_h + halo_h;
-  return plan;
-}
-
 // What happens to a register tile on its way to memory.
 template <typename T> struct Epilogue {
   typedef Acc<T> A;
@@ -262,9 +243,15 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   const PackLayout pack = make_pack<M>(g.c, g.k, taps);
   const bool pointwise = is_pointwise(g);
   const PointwisePlan runs = plan_pointwise<M>(g.n * g.h * g.w, g.c, pack.out_blocks);
-  const BandPlan bands = plan_bands<M>(g);
   const BandSteps steps = band_steps(g);
-  const int64_t parts = pointwise ? runs.runs : bands.tasks, tasks = pointwise ? runs.tasks() : bands.tasks;
+  const int64_t halo_h = g.dilation_h * (g.r - 1) + 1, band_cols = (g.q - 1) * steps.stride_w + g.dilation_w * (g.s - 1) + 1;
+  const int64_t row_bytes =
+      divide_up(g.c, int64_t(kBlock<M>) * M::kUnitChannels) * round_up(band_cols, steps.stride_w) * RF_VECTOR_BYTES;
+  const int64_t band_rows = rows_per_band(g.p, row_bytes, steps.stride_h, halo_h - steps.stride_h);
+  const int64_t in_rows = (band_rows - 1) * steps.stride_h + halo_h;
+  const BandPlan bands = plan_bands(g.n, g.p, band_rows, in_rows * row_bytes, pack.out_blocks,
+                                    pack_units<M>(pack) * int64_t(sizeof(Unit)));
+  const int64_t parts = pointwise ? runs.runs : bands.parts, tasks = pointwise ? runs.tasks() : bands.tasks();
   const int64_t most_pixels = tile_pixels<M>(pack.in_units);
 
   // Shared by all tasks: packed weights, then the kernel position of every tap.
@@ -283,33 +270,34 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
   A* const partial = partial_stats<A>(params, parts);
   const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
   const BandLayout largest = pointwise ? make_band<M>(g.c, 1, divide_up(runs.pixels, runs.runs), 1)
-                                       : make_band<M>(g.c, bands.rows, bands.cols, steps.stride_w);
+                                       : make_band<M>(g.c, in_rows, band_cols, steps.stride_w);
+  const int64_t scratch_units = band_scratch_units<M>(largest, pointwise ? 1 : bands.most_images);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
     Unit* const band = static_cast<Unit*>(thread_scratch(
-        kScratchActivation, size_t(band_scratch_units<M>(largest)) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
-    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + band_scratch_units<M>(largest));
+        kScratchActivation, size_t(scratch_units) * sizeof(Unit) + size_t(taps) * sizeof(int64_t)));
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(band + scratch_units);
     begin_convolution<M>(pack.in_units);
 
-    int64_t out_rows, out_cols, first_pixel, part = task, first_block = 0, last_block = pack.out_blocks;
+    const int64_t part = pointwise ? runs.run(task) : bands.part(task);
+    const int64_t first_block = pointwise ? runs.first_block(task) : bands.first_block(task);
+    const int64_t last_block = pointwise ? runs.last_block(task) : bands.last_block(task);
+    int64_t images = 1, out_rows = 1, out_cols, first_pixel;
     BandLayout layout;
     if (pointwise) {
-      part = runs.run(task);
-      first_block = runs.first_block(task);
-      last_block = runs.last_block(task);
       first_pixel = runs.first_pixel(part);
-      out_rows = 1;
       out_cols = runs.pixel_count(part);
       layout = make_band<M>(g.c, 1, out_cols, 1);
       fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + first_pixel * g.c, 1, out_cols, 0, 0, prologue);
     } else {
-      const int64_t image = task / bands.bands, p0 = task % bands.bands * bands.band_rows;
-      out_rows = min64(bands.band_rows, g.p - p0);
+      const int64_t image = bands.first_image(part), p0 = bands.first_row(part);
+      images = bands.image_count(part);
+      out_rows = bands.row_count(part);
       out_cols = g.q;
       first_pixel = (image * g.p + p0) * g.q;
-      layout = make_band<M>(g.c, (out_rows - 1) * steps.stride_h + g.dilation_h * (g.r - 1) + 1, bands.cols, steps.stride_w,
-                            steps.row, steps.col);
-      fill_band<M, T>(band, layout, static_cast<const T*>(params.x) + image * g.h * g.w * g.c, g.h, g.w,
-                      p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
+      layout = make_band<M>(g.c, (out_rows - 1) * steps.stride_h + halo_h, band_cols, steps.stride_w, steps.row, steps.col);
+      for (int64_t i = 0; i < images; ++i)
+        fill_band<M, T>(band + i * band_units<M>(layout), layout, static_cast<const T*>(params.x) + (image + i) * g.h * g.w * g.c,
+                        g.h, g.w, p0 * g.stride_h - g.pad_h, -g.pad_w, prologue);
     }
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t col = taps_s[t] * g.dilation_w;
@@ -328,23 +316,26 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
         count = runs.pixel_count(part + 1);
         end = begin + count;
       } else {
-        const int64_t image = (task + 1) / bands.bands, p0 = (task + 1) % bands.bands * bands.band_rows;
-        const int64_t top = p0 * g.stride_h - g.pad_h;
+        const int64_t image = bands.first_image(part + 1), p0 = bands.first_row(part + 1);
+        const int64_t last_image = image + bands.image_count(part + 1) - 1, top = p0 * g.stride_h - g.pad_h;
         begin = (image * g.h + max64(0, top)) * g.w;
-        end = (image * g.h + max64(0, min64(g.h, top + bands.rows * steps.row))) * g.w;
+        end = (last_image * g.h + max64(0, min64(g.h, top + in_rows * steps.row))) * g.w;
         pixel = (image * g.p + p0) * g.q;
-        count = min64(bands.band_rows, g.p - p0) * g.q;
+        count = ((last_image - image) * g.p + bands.row_count(part + 1)) * g.q;
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
-      next.divide((last_block - first_block) * out_rows * divide_up(out_cols, most_pixels));
+      next.divide((last_block - first_block) * images * out_rows * divide_up(out_cols, most_pixels));
     }
     for (int64_t block = first_block; block < last_block; ++block) {
       const Unit* const w = packed + pack_block_offset<M>(pack, block);
       const int64_t channel = block * kOutBlock<A>;
       const int vectors = pack_vectors<M>(pack, block);
-      const PixelRows<M> pixels = {band, steps.stride_h * layout.slots * kBlock<M>, first_pixel, out_cols, out_rows, out_cols};
-      convolve_rows(input, pixels, w, epilogue, channel, vectors, [&] { next.advance(); });
+      for (int64_t i = 0; i < images; ++i) {
+        const PixelRows<M> pixels = {band + i * band_units<M>(layout), steps.stride_h * layout.slots * kBlock<M>,
+                                     first_pixel + i * g.p * g.q, out_cols, out_rows, out_cols};
+        convolve_rows(input, pixels, w, epilogue, channel, vectors, i * out_rows * out_cols, [&] { next.advance(); });
+      }
     }
     end_convolution<M>(pack.in_units);
     if (streamed) stream_fence();
@@ -352,7 +343,7 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
 
   merge_partial_stats(params, partial, parts, [&](int64_t part) {
     if (pointwise) return runs.pixel_count(part);
-    return min64(bands.band_rows, g.p - part % bands.bands * bands.band_rows) * g.q;
+    return bands.image_count(part) * bands.row_count(part) * g.q;
   });
 #if RF_LEVEL >= 3
   if constexpr (kPairedOutputs<M>)
