@@ -70,7 +70,8 @@ class TestStep:
         assert max(map(len, output[: output.index("| net")].splitlines()[1:])) <= 110
         assert "| net, dtype |" in output and "| preact_resnet20, bf16 |" in output
         assert "batch 2, 32x32, 1 thread, 1 round" in output
-        for title in ("eager NCHW", "eager channels_last", "fused", "bare convolutions"):
+        for title in ("eager NCHW", "eager channels_last", "eager ch. last images", "fused",
+                      "bare convolutions"):
             rows = [line[22:].split() for line in lines if line.startswith(f"{title:22} ")]
             assert len(rows) == 2, "one for each dtype"
             for row in rows:
@@ -85,7 +86,7 @@ class TestStep:
             assert cell["accuracy"]["failed"] == 0
             assert sum(conv["count"] for conv in cell["convolutions"]) == 21
         rows = list(csv.DictReader(rows_path.open()))
-        assert len(rows) == 8 and all(float(row["overhead"]) > 0 and row["cpu"] for row in rows)
+        assert len(rows) == 10 and all(float(row["overhead"]) > 0 and row["cpu"] for row in rows)
         assert {"cpu", "cores", "threads", "simd", "torch", "version", "date"} <= set(found["environment"])
 
     @pytest.mark.parametrize("wrong", ["forward", "backward", "nan"])
@@ -282,7 +283,7 @@ class TestModes:
                         "--csv", str(rows))
         assert asked == [1, 2] and [cell["threads"] for cell in found["cells"]] == [1, 2]
         assert found["environment"]["threads"] == [1, 2]
-        assert [row["threads"] for row in csv.DictReader(rows.open())] == ["1"] * 4 + ["2"] * 4
+        assert [row["threads"] for row in csv.DictReader(rows.open())] == ["1"] * 5 + ["2"] * 5
         output = capsys.readouterr().out
         assert output.count("| net, dtype |") == 2 and "threads: 1," in output and "threads: 2," in output
 
@@ -326,7 +327,7 @@ class TestCompiled:
         assert found.seconds is None and "stopped after" in found.failure
 
     def test_first_step(self, tmp_path):
-        fused = CONTENDERS[2]
+        fused = CONTENDERS[-1]
         found = first_step.measure_first_step(TWO, "train", "fp32", fused, 1, str(tmp_path), False, None)
         assert found.seconds > 0 and found.failure is None
 
@@ -418,10 +419,10 @@ class TestMemory:
         net = BenchmarkNet(NET, 32, 8)
         found = step_memory._worker("tensors", net, "train", dtype, keys, 1, RESNET_FUSED_CPU_POOL_MB="0")
         # Of a norm's statistics as much is saved as plain nets save: with batches of 8 a thousandth of all.
-        for share, nchw, channels_last, fused in zip(
+        for share, *eager, fused in zip(
             (0.501, 0.5), *(found[key] for key in keys), strict=True  # saved, then peak
         ):
-            assert 0 < fused <= share * min(nchw, channels_last)
+            assert 0 < fused <= share * min(eager)
         assert all(saved <= peak for saved, peak in found.values())
 
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")

@@ -434,6 +434,26 @@ def test_memory_format():
     x = batch(dtype=torch.float32)
     assert model(x).is_contiguous(memory_format=torch.channels_last)
     assert rf.fuse(plain, memory_format=None)(x).is_contiguous()
+    with pytest.raises(TypeError, match="memory_format should be a torch.memory_format, 'auto' or None"):
+        rf.fuse(plain, memory_format="channels_last")
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_weights_stay_in_nchw_where_only_the_cpu_reads_them(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), cases.CifarBlock(16, 16), nn.Conv2d(16, 5, 3))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.stride() for name, value in model.state_dict().items()}
+    rf.fuse(model)
+    in_nchw = {name for name, value in model.named_parameters() if value.dim() == 4 and value.is_contiguous()}
+    assert in_nchw == (set() if has_gpu else {"1.conv1.weight", "1.conv2.weight"})
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+    rf.unfuse(model)
+    assert {name: value.stride() for name, value in model.state_dict().items()} == before
+    rf.fuse(model, memory_format=torch.channels_last)
+    assert not any(p.is_contiguous() for p in model.parameters() if p.dim() == 4)
 
 
 def test_statistics_travel_between_units():

@@ -77,8 +77,9 @@ _TIMES = ("eager NCHW, ms", "eager channels_last, ms", "fused, ms", "speed-up")
 class _Step:
     """A training step: forward, cross-entropy, backward, SGD with momentum."""
 
-    def __init__(self, model: nn.Module, images: torch.Tensor, memory_format: torch.memory_format) -> None:
-        self.model = model.train().to(memory_format=memory_format)
+    def __init__(self, model: nn.Module, images: torch.Tensor, memory_format: torch.memory_format,
+                 parameters: torch.memory_format | None = None) -> None:
+        self.model = model.train().to(memory_format=memory_format if parameters is None else parameters)
         self.images = images.contiguous(memory_format=memory_format)
         self.labels = torch.arange(len(images)) % 10
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -147,7 +148,7 @@ def _measure(name: str, arguments) -> tuple[_Row | None, fusion.Verification | N
         steps = {
             "eager NCHW": _Step(copy.deepcopy(model), images, torch.contiguous_format),
             "eager channels_last": _Step(copy.deepcopy(model), images, torch.channels_last),
-            "fused": _Step(fusion.fuse(copy.deepcopy(model)), images, torch.channels_last),
+            "fused": _Step(fusion.fuse(copy.deepcopy(model)), images, torch.channels_last, torch.preserve_format),
         }
         interleave(steps, _WARMUP_ROUNDS)
         samples = interleave(steps, arguments.rounds, lead_in=steps)

@@ -28,18 +28,21 @@ class Contender:
     key: str
     title: str
     fused: bool
-    memory_format: torch.memory_format  # of the images and of the parameters
+    memory_format: torch.memory_format  # of the images
+    parameters: torch.memory_format  # preserve_format: as the net makes them, or fuse()
     compiled: bool = False
 
 
+_NCHW, _NHWC = torch.contiguous_format, torch.channels_last
 CONTENDERS = (
-    Contender("eager_nchw", "eager NCHW", False, torch.contiguous_format),
-    Contender("eager_channels_last", "eager channels_last", False, torch.channels_last),
-    Contender("fused", "fused", True, torch.channels_last),
+    Contender("eager_nchw", "eager NCHW", False, _NCHW, _NCHW),
+    Contender("eager_channels_last", "eager channels_last", False, _NHWC, _NHWC),
+    Contender("eager_channels_last_images", "eager ch. last images", False, _NHWC, _NCHW),
+    Contender("fused", "fused", True, _NHWC, torch.preserve_format),
 )
 COMPILED = (
-    Contender("compiled_nchw", "torch.compile NCHW", False, torch.contiguous_format, compiled=True),
-    Contender("compiled_channels_last", "torch.compile ch. last", False, torch.channels_last, compiled=True),
+    Contender("compiled_nchw", "torch.compile NCHW", False, _NCHW, _NCHW, compiled=True),
+    Contender("compiled_channels_last", "torch.compile ch. last", False, _NHWC, _NHWC, compiled=True),
 )
 
 
@@ -49,14 +52,14 @@ def contender_by_key(key: str) -> Contender:
 
 def build_contender(contender: Contender, net: BenchmarkNet,
                     state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The net, in train mode, in the memory format of the contender; not compiled yet.
+    """The net, in train mode, its parameters in the memory format of the contender; not compiled yet.
 
     Args: state: the parameters and buffers to start from (default: those of seed 0, the same for all).
     """
     model = net.build(contender.fused)
     if state is not None:
         model.load_state_dict(state)
-    return model.to(memory_format=contender.memory_format)
+    return model.to(memory_format=contender.parameters)
 
 
 def forward_of(contender: Contender, model: nn.Module) -> Callable[[Tensor], Tensor]:

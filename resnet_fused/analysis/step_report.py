@@ -151,6 +151,7 @@ def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_S
             if row is None:
                 return "failed"
             layout = "" if row.key == "fused" else " NCHW" if row.key.endswith("nchw") else " NHWC"
+            layout = " mixed" if row.key.endswith("images") else layout
             return _short(1e3 * row.timing.p50) + layout
 
         label = cell.net.label(batch_size).replace("_cifar", "").removeprefix("timm:")
@@ -170,8 +171,8 @@ def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_S
         f"Median ms of a {_STEPS[cells[0].mode]}, batch {batch_size} and 32x32 (timm, torchvision: 64x64) "
         f"unless the name says net@pixels/batch; {_SAMPLE}. {environment['cpu']}, threads: {cells[0].threads}, "
         f"{environment['simd']}, PyTorch {environment['torch']}, resnet_fused "
-        f"{environment['version']}{commit}, {environment['date'][:10]}. Eager, compiled: the faster of NCHW "
-        "and channels_last (NHWC). Speed-up: over the fastest of them all. Bare: the convolutions alone "
+        f"{environment['version']}{commit}, {environment['date'][:10]}. Eager, compiled: the fastest of NCHW, "
+        "channels_last (NHWC) and, eager, NHWC images with NCHW parameters (mixed). Speed-up: over the fastest of them all. Bare: the convolutions alone "
         f"({bare}). Overhead: step / bare. First step: in a fresh process with empty caches, in the order "
         "of the columns. Memory: better eager → fused; saved for the backward, peak of all tensors, growth "
         "of the process."])

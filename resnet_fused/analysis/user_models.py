@@ -28,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(name: str) -> nn.Module:
-    """A plain net with random weights, in train mode, in channels_last.
+    """A plain net with random weights, in train mode.
 
     Raises:
         UserError: an unknown name, or a package that is not installed; one line.
@@ -54,7 +54,7 @@ def build(name: str) -> nn.Module:
         if inner not in models.list_models():
             raise UserError(f"torchvision has no model {inner!r}{_close(inner, models.list_models())}")
         model = models.get_model(inner, weights=None)
-    return model.train().to(memory_format=torch.channels_last)
+    return model.train()
 
 
 def _close(name: str, known: list[str]) -> str:

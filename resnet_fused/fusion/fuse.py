@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ _STRIDES = "_resnet_fused_strides"
 def fuse(
     model: nn.Module,
     *,
-    memory_format: torch.memory_format | None = torch.channels_last,
+    memory_format: torch.memory_format | Literal["auto"] | None = "auto",
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     strict: bool = False,
 ) -> nn.Module:
@@ -41,8 +42,10 @@ def fuse(
 
     Args:
         model: any module.
-        memory_format: format that 4-D parameters are brought to; channels_last is the fast one. None leaves
-            them.
+        memory_format: format that 4-D parameters are brought to; None leaves them. ``"auto"``: channels_last,
+            but on a machine without a GPU only as far as activations follow from it: weights of units after
+            the first convolution stay as they are, since the CPU's kernels read and write either format as
+            fast, and PyTorch's fused optimizers are faster in NCHW.
         filter_fn: ``filter_fn(name, module) -> bool``: False leaves this unit, this max pool, or this
             convolution outside of units, alone.
         strict: raise if a norm, an activation and a convolution that follow one another are left alone.
@@ -51,11 +54,14 @@ def fuse(
         model.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or memory_format is none of these.
         RuntimeError: with ``strict``; the message has every reason, and the model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a torch.nn.Module, but got {type(model).__name__}")
+    if not (memory_format is None or memory_format == "auto" or isinstance(memory_format, torch.memory_format)):
+        raise TypeError("fuse(): memory_format should be a torch.memory_format, 'auto' or None, "
+                        f"but got {memory_format!r}")
     found = analyze(model, filter_fn)
     refused = [norm for norm in found.refused() if norm.reason != "excluded by filter_fn"]
     if strict and refused:
@@ -75,11 +81,26 @@ def fuse(
     if memory_format is not None:
         strides = model.__dict__.setdefault(_STRIDES, {})
         before = {name: value.stride() for name, value in _tensors(model) if value.dim() == 4}
-        model.to(memory_format=memory_format)
+        _bring_to(model, memory_format, found.units)
         for name, value in _tensors(model):
             if name in before and value.stride() != before[name]:
                 strides.setdefault(name, before[name])
     return model
+
+
+def _bring_to(model: nn.Module, memory_format: torch.memory_format | str, units: Iterable[nn.Module]) -> None:
+    """What fuse() says of memory_format."""
+    left: set[nn.Module] = set()
+    if memory_format == "auto":
+        memory_format = torch.channels_last
+        if not torch.cuda.is_available():
+            convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+            left = {module for unit in units for module in unit.modules()}.intersection(convolutions[1:])
+    for module in model.modules():
+        if module not in left:
+            module._apply(
+                lambda value: value.to(memory_format=memory_format) if value.dim() == 4 else value, recurse=False
+            )
 
 
 def unfuse(model: nn.Module) -> nn.Module:
