@@ -141,6 +141,13 @@ struct RunPairs {
   int64_t block_stride;
 };
 
+// Whether a tap reads pairs that begin at an odd slot of a row.
+RF_INLINE bool has_odd_offset(const ConvGeometry& g) {
+  for (int64_t s = 0; s < g.s; ++s)
+    if (s * g.dilation_w / band_steps(g).stride_w & 1) return true;
+  return false;
+}
+
 // Everything after the choice of mode. T: storage; M: how products are formed.
 template <typename M, typename T> struct Wgrad {
   typedef typename M::Unit Unit;
@@ -198,7 +205,7 @@ template <typename M, typename T> struct Wgrad {
       block_stride = pairs_stride(layout);
       copy_stride = images * layout.blocks * block_stride;
       tile.a_image = layout.blocks * block_stride;
-      const bool odd = has_odd_offset();
+      const bool odd = has_odd_offset(g);
       uint32_t* const paired = pair_scratch(layout, images, odd ? 2 : 1, dy_rows, out_cols);
       for (int64_t i = 0; i < images && !filled; ++i) {
         uint32_t* const even = paired + i * tile.a_image;
@@ -289,12 +296,6 @@ template <typename M, typename T> struct Wgrad {
   int64_t vectors_at(int64_t slot) const {
     if (plan.slots % 3 == 0) return 3;
     return min64(2, plan.slots - slot);
-  }
-
-  bool has_odd_offset() const {
-    for (int64_t s = 0; s < g.s; ++s)
-      if (s * g.dilation_w / band_steps(g).stride_w & 1) return true;
-    return false;
   }
 
   // beside(part, unit, RunPairs): called before every unit, by the thread that takes it; returns whether it has put the

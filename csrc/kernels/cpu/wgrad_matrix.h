@@ -60,7 +60,9 @@ RF_INLINE void load_tiles(const float* from) {
   _tile_loadd(3, from + kTileRows * 2 * L + L, 2 * L * 4);
 }
 
-// Of a convolution whose bands have stride 1, by parts with a partial result each, [32 outputs][pair of slots][output][2 vectors].
+// By parts with a partial result each, [32 outputs][pair of slots][output][2 vectors]. Of a
+// convolution with a stride, the input positions of each residue are a band of their own, a plane: in it neighbouring outputs read
+// neighbours, under every tap.
 struct MatrixWgrad {
   static constexpr int64_t L = kLanes<float>;
   const PreactConvWgradParams& params;
@@ -72,37 +74,35 @@ struct MatrixWgrad {
       : params(params), g(params.g), plan(plan), groups(divide_up(g.k, kTileLefts)), slot_pairs(divide_up(plan.slots, 2)),
         partial_size(groups * slot_pairs * kMatrixSums) {}
 
-  static bool fits(const ConvGeometry& g) {
-    const BandSteps steps = band_steps(g);
-    return steps.stride_h == 1 && steps.stride_w == 1 && g.c >= 8;
-  }
+  static bool fits(const ConvGeometry& g) { return g.c >= 8; }
 
   // One unit of work's operands, in the calling thread's scratch.
   struct Operands {
-    BandLayout band;
+    BandLayout band;       // one plane
     int64_t pitch;         // pairs from one row of a band to the next
     int64_t image_pairs;   // of an image, with the slots behind each row, in whole tiles
-    int64_t block_stride, image_stride, copy_stride;
+    int64_t block_stride, plane_stride, image_stride, copy_stride;
     int64_t left_step;
     uint32_t* activations;
     uint32_t* gradients;
   };
-  bool has_odd_offset() const { return !plan.pointwise && (g.s > 2 ? g.dilation_w % 2 == 1 : g.s == 2 && g.dilation_w % 2 == 1); }
-
   Operands operands(const WgradUnit<bf16>& u) const {
     Operands o = {};
     const BandSteps steps = band_steps(g);
+    // Taps reach so far behind an output's own row and column of a plane.
+    const int64_t halo_h = g.dilation_h * (g.r - 1) / steps.stride_h, halo_w = g.dilation_w * (g.s - 1) / steps.stride_w;
     o.band = plan.pointwise ? make_band<ModeF32>(g.c, 1, u.out_cols, 1)
-                            : make_band<ModeF32>(g.c, u.out_rows - 1 + g.dilation_h * (g.r - 1) + 1, plan.cols, 1, steps.row, steps.col);
+                            : make_band<ModeF32>(g.c, u.out_rows + halo_h, u.out_cols + halo_w, 1, g.stride_h, g.stride_w);
     o.pitch = plan.pointwise ? divide_up(u.out_cols, 2) : o.band.plane / 2 + 1;
     o.image_pairs = round_up(u.out_rows * o.pitch, kTileUnits);
     // A tap's run of slots begins up to a halo later, and ends with a whole tile.
-    const int64_t last = (g.dilation_h * (g.r - 1) * o.pitch + g.dilation_w * (g.s - 1) / 2) + o.image_pairs;
+    const int64_t last = halo_h * o.pitch + halo_w / 2 + o.image_pairs;
     o.block_stride = (max64(o.band.rows * o.pitch, last) | 1) * L;
-    o.image_stride = o.band.blocks * o.block_stride;
+    o.plane_stride = o.band.blocks * o.block_stride;
+    o.image_stride = steps.stride_h * steps.stride_w * o.plane_stride;
     o.copy_stride = u.images * o.image_stride;
     o.left_step = matrix_step(u.images * o.image_pairs);
-    const int64_t activations = o.copy_stride * (has_odd_offset() ? 2 : 1);
+    const int64_t activations = o.copy_stride * (has_odd_offset(g) ? 2 : 1);
     o.activations = static_cast<uint32_t*>(
         thread_scratch(kScratchTile, size_t(activations + groups * kTileLefts * o.left_step) * sizeof(uint32_t)));
     o.gradients = o.activations + activations;
@@ -117,19 +117,22 @@ struct MatrixWgrad {
 
   void arrange(const WgradUnit<bf16>& u, const Operands& o, bool filled) const {
     const Prologue<float> prologue = make_prologue<float>(params.bn, g.c, params.slope);
-    const int64_t copies = has_odd_offset() ? 2 : 1, used = o.band.rows * o.pitch;
-    for (int64_t i = 0; i < u.images; ++i) {
-      uint32_t* const even = o.activations + i * o.image_stride;
+    const BandSteps steps = band_steps(g);
+    const int64_t used = o.band.rows * o.pitch, planes = steps.stride_h * steps.stride_w;
+    const bool odd = has_odd_offset(g);
+    for (int64_t i = 0; i < u.images * planes; ++i) {
+      uint32_t* const even = o.activations + i * o.plane_stride;
       if (plan.pointwise) {
         if (!filled) fill_run_pairs(even, o.block_stride, u.image, u.out_cols, g.c, prologue);
       } else {
-        fill_pairs(even, copies == 2 ? even + o.copy_stride : nullptr, o.band, o.pitch, u.image + i * g.h * g.w * g.c, u.height,
-                   u.width, u.row0, u.col0, prologue, o.block_stride);
+        const int64_t plane = i % planes;
+        fill_pairs(even, odd ? even + o.copy_stride : nullptr, o.band, o.pitch, u.image + i / planes * g.h * g.w * g.c, u.height,
+                   u.width, u.row0 + plane / steps.stride_w, u.col0 + plane % steps.stride_w, prologue, o.block_stride);
       }
-      for (int64_t block = 0; block < copies * o.band.blocks; ++block) {
-        uint32_t* const end = even + block / o.band.blocks * o.copy_stride + block % o.band.blocks * o.block_stride;
-        memset(end + used * L, 0, size_t(o.block_stride - used * L) * sizeof(uint32_t));
-      }
+      for (int64_t block = 0; block < o.band.blocks; ++block)
+        for (int64_t copy = 0; copy < (odd ? 2 : 1); ++copy)
+          memset(even + copy * o.copy_stride + block * o.block_stride + used * L, 0,
+                 size_t(o.block_stride - used * L) * sizeof(uint32_t));
     }
     for (int64_t i = 0; i < u.images; ++i)
       for (int64_t first = 0; first < o.image_pairs; first += kTileUnits) {
@@ -158,9 +161,13 @@ struct MatrixWgrad {
     arrange(u, o, filled);
     u.next.divide(groups * slot_pairs);
     use_tiles(kTileUnits);
+    const BandSteps steps = band_steps(g);
     const auto right = [&](int64_t slot) {
-      const int64_t tap = slot / plan.blocks, block = slot % plan.blocks, s = tap % g.s * g.dilation_w;
-      return o.activations + block * o.block_stride + (tap / g.s * g.dilation_h * o.pitch + s / 2) * L + (s & 1) * o.copy_stride;
+      const int64_t tap = slot / plan.blocks, block = slot % plan.blocks;
+      const int64_t row = tap / g.s * g.dilation_h, col = tap % g.s * g.dilation_w, offset = col / steps.stride_w;
+      const int64_t plane = row % steps.stride_h * steps.stride_w + col % steps.stride_w;
+      return o.activations + plane * o.plane_stride + block * o.block_stride +
+             (row / steps.stride_h * o.pitch + offset / 2) * L + (offset & 1) * o.copy_stride;
     };
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t pair = 0; pair < slot_pairs; ++pair) {
