@@ -78,9 +78,9 @@ template <typename M> class SlotRuns {
 };
 
 // sums[32 pixels][NV vectors], the pixels being `distance` units apart after the 16th.
-template <typename M, int NV>
+template <typename M, int NV, typename Advance>
 __attribute__((noinline)) void conv_matrix_tile(const TileInput<M>& t, const uint32_t* in, int64_t distance, const uint32_t* w,
-                                                float* sums) {
+                                                float* sums, const Advance& advance) {
   constexpr int64_t L = kLanes<float>, kLeftStep = kTilePitch * 4, kRightStep = NV * L * 4;
   const int64_t units = t.in_units < kTileUnits ? t.in_units : kTileUnits;
   zero_tiles();
@@ -88,6 +88,7 @@ __attribute__((noinline)) void conv_matrix_tile(const TileInput<M>& t, const uin
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const uint32_t* a = in + t.tap_offsets[tap];
     for (int64_t unit = 0; unit < t.in_units; unit += units, a += t.block_stride, w += units * NV * L) {
+      advance();
       if (NV == 2 || !copy)
         multiply_tiles<NV, 0>(a, a + distance, kLeftStep, w, w + L, kRightStep);
       else
@@ -134,20 +135,32 @@ static void convolve_in_matrix_tiles(const TileInput<M>& t, const PixelRows<M>& 
   for (Run run[2]; slots.next(run[0]);) {
     const int runs = slots.next(run[1]) ? 2 : 1;
     const uint32_t* const in = slots.in(run[0]);
-    advance();
-    conv_matrix_tile<M, NV>(t, in, runs == 2 ? slots.in(run[1]) - in : 0, w, sums);
-    for (int i = 0; i < runs; ++i)
+    conv_matrix_tile<M, NV>(t, in, runs == 2 ? slots.in(run[1]) - in : 0, w, sums, advance);
+    for (int i = 0; i < runs; ++i) {
+      advance();
       slots.each(run[i], [&](int64_t slot, int64_t row, int64_t col, int64_t count) {
         finish_pixels<M, NV>(sums + i * kHalf + slot * NV * kLanes<float>, epilogue, channel,
                              p.pixel + row * p.pixel_row + col * epilogue.pixel_step, done, count);
         done += count;
       });
+    }
   }
 }
 #endif
 
+// How often convolve_rows calls advance() for each tile.
+template <typename M> RF_INLINE int64_t advances_per_tile(int64_t taps, int64_t units) {
+#if RF_LEVEL >= 4
+  if (uses_matrix_tiles<M>(units)) return taps * ((units + kTileUnits - 1) / kTileUnits) + 2;
+#else
+  (void)taps;
+  (void)units;
+#endif
+  return 1;
+}
+
 // All of these pixels and `vectors` vectors of output channels from `channel` on. Between begin_convolution and end_convolution.
-// done: pixels of these channels that the epilogue has had before; advance(): called with every tile.
+// done: pixels of these channels that the epilogue has had before; advance(): called while tiles are computed, see advances_per_tile.
 template <typename M, typename Epilogue, typename Advance>
 RF_INLINE void convolve_rows(const TileInput<M>& t, const PixelRows<M>& p, const typename M::Unit* w, const Epilogue& epilogue,
                              int64_t channel, int vectors, int64_t done, const Advance& advance) {

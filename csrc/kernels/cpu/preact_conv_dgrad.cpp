@@ -186,7 +186,10 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       // Where dz_in is replaced, three pixels of four are not read.
       if (!epilogue.replaces) next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
       if (epilogue.dz_in && !epilogue.replaces) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
-      next.divide((last_block - first_block) * images * phases * rows * divide_up(pointwise ? layout.cols : index_cols, most_pixels));
+      int64_t advances = 0;
+      for (int64_t phase = 0; phase < phases; ++phase)
+        advances += advances_per_tile<M>(phase_begin[phase + 1] - phase_begin[phase], pack.in_units);
+      next.divide((last_block - first_block) * images * rows * divide_up(pointwise ? layout.cols : index_cols, most_pixels) * advances);
     }
     for (int64_t phase = 0; phase < phases; ++phase) {
       const int64_t phase_h = phase / g.stride_w, phase_w = phase % g.stride_w, first_tap = phase_begin[phase];

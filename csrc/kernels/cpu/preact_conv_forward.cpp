@@ -325,7 +325,8 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
       }
       next.add(x + begin * g.c, x + end * g.c);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
-      next.divide((last_block - first_block) * images * out_rows * divide_up(out_cols, most_pixels));
+      next.divide((last_block - first_block) * images * out_rows * divide_up(out_cols, most_pixels) *
+                  advances_per_tile<M>(taps, pack.in_units));
     }
     for (int64_t block = first_block; block < last_block; ++block) {
       const Unit* const w = packed + pack_block_offset<M>(pack, block);

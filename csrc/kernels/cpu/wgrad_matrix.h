@@ -45,11 +45,14 @@ struct MatrixReduction {
   const uint32_t* right1;
   int64_t steps;
 };
-RF_INLINE void reduce_tiles(const MatrixReduction& r) {
+// advance(): called with each of them.
+template <typename Advance> RF_INLINE void reduce_tiles(const MatrixReduction& r, const Advance& advance) {
   constexpr int64_t L = kLanes<float>;
-  for (int64_t step = 0; step < r.steps; ++step)
+  for (int64_t step = 0; step < r.steps; ++step) {
+    advance();
     multiply_tiles<2, 0>(r.left0 + step * kTileUnits, r.left1 + step * kTileUnits, r.left_step * 4,
                          r.right0 + step * kTileUnits * L, r.right1 + step * kTileUnits * L, L * 4);
+  }
 }
 RF_INLINE void load_tiles(const float* from) {
   constexpr int64_t L = kLanes<float>;
@@ -159,7 +162,7 @@ struct MatrixWgrad {
     const Operands o = operands(u);
     if (dbias) add_bias(dbias, u.dy, u.images * u.out_rows * u.out_cols, g.k);
     arrange(u, o, filled);
-    u.next.divide(groups * slot_pairs);
+    u.next.divide(groups * slot_pairs * u.images * (o.image_pairs / kTileUnits));
     use_tiles(kTileUnits);
     const BandSteps steps = band_steps(g);
     const auto right = [&](int64_t slot) {
@@ -178,14 +181,14 @@ struct MatrixWgrad {
         // Of at most 16 outputs, the other sums are not read.
         const uint32_t* const left1 = g.k - group * kTileLefts > kTileRows ? left0 + kTileRows * o.left_step : left0;
         float* const sums = partial + (group * slot_pairs + pair) * kMatrixSums;
-        u.next.advance();
         if (fresh)
           zero_tiles();
         else
           load_tiles(sums);
         for (int64_t i = 0; i < u.images; ++i)
           reduce_tiles({left0 + i * o.image_pairs, left1 + i * o.image_pairs, o.left_step, right0 + i * o.image_stride,
-                        right1 + i * o.image_stride, o.image_pairs / kTileUnits});
+                        right1 + i * o.image_stride, o.image_pairs / kTileUnits},
+                       [&]() __attribute__((always_inline)) { u.next.advance(); });
         store_tiles<2>(sums);
       }
     _tile_release();
@@ -267,7 +270,8 @@ struct MatrixWgradProduct : WgradProduct<ModePixelPair, bf16> {
           for (int64_t run = 0; run < runs; ++run) {
             const uint32_t* const right0 = activations + run * run_units + (tap * blocks + block) * slot_units() * L;
             reduce_tiles({left0 + run * kPass, left1 + run * kPass, step, right0, alone ? right0 : right0 + slot_units() * L,
-                          divide_up(min64(kPass, units - run * kPass), kTileUnits)});
+                          divide_up(min64(kPass, units - run * kPass), kTileUnits)},
+                         [] {});
           }
           store_tiles<2>(sums + tap * tap_step + (group - first) * kMatrixSums);
         }
