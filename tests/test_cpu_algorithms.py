@@ -23,7 +23,7 @@ FEW_PIXELS = [  # at least 64 K weights
     Shape(2, 72, 7, 5, 104, (3, 3), (2, 2), (1, 1)),
     Shape(2, 96, 5, 4, 80, (3, 3), (1, 1), (2, 2), (2, 2)),
     Shape(1, 90, 4, 9, 85, (3, 3), (2, 1), (0, 3)),
-    Shape(9, 330, 5, 7, 200),  # more pixels than one pass takes
+    Shape(9, 330, 5, 7, 260),  # more pixels than one pass takes
     Shape(1, 512, 2, 3, 520),  # a weight gradient of more than 1 MiB: float32 masters' is written past the caches
     Shape(5, 176, 3, 4, 336, (3, 3), (1, 1), (2, 2), (2, 2)),  # the same with several taps, in channels_last
     Shape(3, 160, 5, 6, 352, (3, 3), (2, 2), (1, 1)),

@@ -96,7 +96,7 @@ struct MatrixWgrad {
     const int64_t halo_h = g.dilation_h * (g.r - 1) / steps.stride_h, halo_w = g.dilation_w * (g.s - 1) / steps.stride_w;
     o.band = plan.pointwise ? make_band<ModeF32>(g.c, 1, u.out_cols, 1)
                             : make_band<ModeF32>(g.c, u.out_rows + halo_h, u.out_cols + halo_w, 1, g.stride_h, g.stride_w);
-    o.pitch = plan.pointwise ? divide_up(u.out_cols, 2) : o.band.plane / 2 + 1;
+    o.pitch = divide_up(o.band.plane, 2);
     o.image_pairs = round_up(u.out_rows * o.pitch, kTileUnits);
     // A tap's run of slots begins up to a halo later, and ends with a whole tile.
     const int64_t last = halo_h * o.pitch + halo_w / 2 + o.image_pairs;

@@ -9,7 +9,8 @@ namespace resnet_fused {
 namespace RF_VARIANT {
 
 constexpr int64_t kProductWeights = 64 << 10;          // from so many weights on,
-constexpr int64_t kProductWeightsPerPixel = 32;       // more than so many to a pixel
+// more than so many to a pixel (on matrix tiles 0.3-0.7 of the other's time with 576 and more, 1.3-1.6 with 36 and 144),
+template <typename M> constexpr int64_t kProductWeightsPerPixel = RF_LEVEL >= 4 && M::kUnitChannels == 2 ? 256 : 32;
 constexpr int64_t kProductValues = 5 << 20;           // in both arranged operands, at most
 // Units of pixels that a tile passes over at once: a run. float32 sums of few images must not be much longer than an image's,
 // which the library's are; pairs of bf16 have no such digits to lose.
@@ -38,7 +39,7 @@ template <typename M, typename T> struct WgradProduct {
   // As measured on 2 cores of Zen 4, 16-65536 pixels, 1 K to 4 M weights.
   bool fits() const {
     const int64_t weights = g.k * g.c * g.r * g.s;
-    return weights >= kProductWeights && weights > kProductWeightsPerPixel * pixels &&
+    return weights >= kProductWeights && weights > kProductWeightsPerPixel<M> * pixels &&
            (slots * L + g.k) * units * kUnitPixels <= kProductValues + (kProductValues >> 4);
   }
 
