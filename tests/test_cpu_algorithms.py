@@ -357,3 +357,30 @@ def test_weights_of_every_layout(backend, kernel, c, k, dtype, parameters):
         for other in layouts[:-1]:
             got = results(other)
             assert all(map(torch.equal, got, expected)) and got[2].stride() == torch.empty_like(other).stride()
+
+
+@pytest.mark.parametrize("shape", [MANY_WEIGHTS[0], FEW_TILES[0], FEW_PIXELS[3]], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_expanded_weights(backend, shape, dtype):
+    """Taps that are one value in memory."""
+    x, weight, dy = tensors(shape, dtype, torch.randn)
+    bn = bn_rows(shape.c, dtype)
+    expanded = torch.stack((weight, weight), dim=2)[:, :, 0, :1, :1].expand_as(weight)
+    results = [
+        (*primitives.preact_conv_forward(x, bn, w, None, None, 0.0, *shape.geometry, True),
+         *primitives.preact_conv_dgrad(dy, w, x, bn, None, 0.0, *shape.geometry))
+        for w in (expanded, expanded.contiguous())
+    ]  # fmt: skip
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_no_images_and_many_weights(backend, dtype):
+    x, weight, dy = tensors(Shape(0, 192, 5, 4, 256, (5, 5), (1, 1), (2, 2)), dtype, torch.randn)
+    bn, geometry = bn_rows(192, dtype), ((1, 1), (2, 2), (1, 1), 1)
+    y, _ = primitives.preact_conv_forward(x, bn, weight, None, None, 0.0, *geometry, True)
+    dz, sums = primitives.preact_conv_dgrad(dy, weight, x, bn, None, 0.0, *geometry)
+    dweight, _ = primitives.preact_conv_wgrad(dy, x, bn, weight, 0.0, *geometry, True)
+    assert y.shape == (0, 256, 5, 4) and dz.shape == x.shape and not sums.any() and not dweight.any()

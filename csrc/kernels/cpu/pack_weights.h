@@ -80,7 +80,11 @@ RF_INLINE bool find_tap_span(TapSpan& t, const WeightLayout& layout, int64_t in_
   t.span = last - t.first + 1;
   if (t.span > kMostTapSpan) return false;
   memset(t.at, -1, sizeof t.at);
-  for (int64_t tap = 0; tap < taps; ++tap) t.at[place(tap) - t.first] = int8_t(tap);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    int8_t& at = t.at[place(tap) - t.first];
+    if (at >= 0) return false;  // of an expanded tensor
+    at = int8_t(tap);
+  }
   return true;
 }
 
