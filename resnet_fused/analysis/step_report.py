@@ -172,7 +172,8 @@ def markdown(cells: Sequence[Cell], environment: dict, batch_size: int = BATCH_S
         f"unless the name says net@pixels/batch; {_SAMPLE}. {environment['cpu']}, threads: {cells[0].threads}, "
         f"{environment['simd']}, PyTorch {environment['torch']}, resnet_fused "
         f"{environment['version']}{commit}, {environment['date'][:10]}. Eager, compiled: the fastest of NCHW, "
-        "channels_last (NHWC) and, eager, NHWC images with NCHW parameters (mixed). Speed-up: over the fastest of them all. Bare: the convolutions alone "
+        "channels_last (NHWC) and, eager, NHWC images with NCHW parameters (mixed). Speed-up: over the "
+        "fastest of them all. Bare: the convolutions alone "
         f"({bare}). Overhead: step / bare. First step: in a fresh process with empty caches, in the order "
         "of the columns. Memory: better eager → fused; saved for the backward, peak of all tensors, growth "
         "of the process."])
