@@ -37,8 +37,8 @@ CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # of these, what nvcc knows
 
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-pthread", "-DNDEBUG", "-Wall"]
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mprfchw"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AVX512_AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # For tests on a CPU that has AVX2 only (make emulated): slow. -O1: the emulator's loops take long to compile.

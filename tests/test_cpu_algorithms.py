@@ -33,6 +33,7 @@ MANY_WEIGHTS = [
     Shape(21, 192, 5, 4, 128, (5, 5), (1, 1), (2, 2)),
     Shape(37, 208, 7, 6, 144, (3, 3), (2, 2), (1, 1)),
     Shape(3, 144, 6, 5, 323, (3, 3), (1, 1), (2, 2), (2, 2)),
+    Shape(3, 520, 6, 5, 512, (1, 1), (2, 2)),  # of groups of channels, pixels that no output reads
 ]
 FEW_TILES = [  # the weight gradient by Winograd's filtering as one product: at least 16 tiles, and 32 weights to a tile
     Shape(16, 176, 4, 4, 184, (3, 3), (1, 1), (1, 1)),  # float32: 64 tiles; float32 masters of bfloat16 past the caches

@@ -31,6 +31,11 @@ enum ScratchSlot {
 };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
+// An output of at least so many bytes will have left the caches before it is read again: it is written past them, which spares
+// reading its lines first. At first RESNET_FUSED_CPU_STREAM_MB, or a quarter of the last cache; negative: this again.
+int64_t stream_bytes();
+void set_stream_bytes(int64_t bytes);
+
 // Activations are dense channels_last: [pixels, channels] with pixels = N*H*W. "acc" is float, or double for float64.
 struct ChannelStatsParams {
   int64_t pixels, channels;

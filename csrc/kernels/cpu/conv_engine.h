@@ -172,12 +172,10 @@ static void fill_band(typename M::Unit* scratch, const BandLayout& b, const T* i
 
 // --------------------------------------------------------------------------------------------- stores and plans
 
-// An output larger than this will have left the caches before it is read again: it is written past them, which spares reading
-// the lines first. Only where every vector is whole and aligned.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+// Whether an output is written past the caches (stream_bytes): only where every vector is whole and aligned.
 template <typename T> RF_INLINE bool should_stream(const T* out, int64_t pixels, int64_t channels) {
   const int64_t line = kLanes<Acc<T>> * (kCanStreamPairs<T> ? 2 : 1);
-  return (kCanStream<T> || kCanStreamPairs<T>) && pixels * channels * int64_t(sizeof(T)) >= kStreamBytes &&
+  return (kCanStream<T> || kCanStreamPairs<T>) && pixels * channels * int64_t(sizeof(T)) >= stream_bytes() &&
          channels % line == 0 && reinterpret_cast<uintptr_t>(out) % RF_VECTOR_BYTES == 0;
 }
 
@@ -204,32 +202,75 @@ RF_INLINE void store_column(T* out, int64_t channel, int64_t step, Vec<Acc<T>> (
   }
 }
 
-// Asks for memory that the next task will read, a little with every tile, so that it arrives while this task multiplies.
+// Asks for memory that the next task will use, a little with every tile, so that it arrives while this task multiplies.
 class Prefetcher {
  public:
-  // Of each stream [begin, end) a share with each of `steps` calls of advance().
-  void add(const void* begin, const void* end) {
-    if (begin == nullptr || streams_ == kMost) return;
-    at_[streams_] = static_cast<const char*>(begin);
-    end_[streams_] = static_cast<const char*>(end);
-    ++streams_;
+  // [begin, end) will be read.
+  void add(const void* begin, const void* end) { add(begin, end, false); }
+  // It will be written: through the caches, where a line that is in none is read first.
+  void add_output(const void* begin, const void* end) { add(begin, end, true); }
+  // Pixels [begin, end) of images x will be read by a convolution: where it has a single tap, those that it stands on.
+  template <typename T> void add_input(const ConvGeometry& g, const T* x, int64_t begin, int64_t end) {
+    const BandSteps steps = band_steps(g);
+    if (steps.row * steps.col == 1 || g.r * g.s > 1 || g.pad_h != 0 || g.pad_w != 0 || g.h % steps.row != 0)
+      return add(x + begin * g.c, x + end * g.c);
+    if (begin >= end || grids_ == kMostGrids) return;
+    const int64_t pixel = g.c * int64_t(sizeof(T)), row = steps.row * g.w;
+    const char* const at = reinterpret_cast<const char*>(x + begin * g.c);
+    grid_[grids_++] = {at, at + pixel, pixel, steps.col * pixel, row * pixel, g.q, (end - begin) / row, 0, 0};
   }
+  // A share of each with each of `steps` calls of advance().
   void divide(int64_t steps) {
     for (int i = 0; i < streams_; ++i) share_[i] = round_up(divide_up(end_[i] - at_[i], max64(1, steps)), 64);
+    for (int i = 0; i < grids_; ++i) grid_[i].share = divide_up(grid_[i].lines(), max64(1, steps));
   }
   RF_INLINE_METHOD void advance() {
     for (int i = 0; i < streams_; ++i) {
       const char* const stop = end_[i] - at_[i] < share_[i] ? end_[i] : at_[i] + share_[i];
-      for (; at_[i] < stop; at_[i] += 64) __builtin_prefetch(at_[i], 0, 2);
+      if (written_[i])
+        for (; at_[i] < stop; at_[i] += 64) __builtin_prefetch(at_[i], 1);
+      else
+        for (; at_[i] < stop; at_[i] += 64) __builtin_prefetch(at_[i], 0, 2);
     }
+    for (int i = 0; i < grids_; ++i) grid_[i].advance();
   }
 
  private:
-  static constexpr int kMost = 3;
-  int streams_ = 0;
+  // Rows of pixels, each some bytes after the one before.
+  struct Grid {
+    const char *at, *end;  // of the pixel that has its turn
+    int64_t pixel, col_step, row_step, cols, rows, col, share;
+
+    int64_t lines() const { return divide_up(pixel, int64_t(64)) * cols * rows; }
+    void advance() {
+      for (int64_t line = 0; line < share && rows > 0; ++line) {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (at < end) continue;
+        end += col_step;
+        if (++col == cols) {
+          col = 0;
+          --rows;
+          end += row_step - cols * col_step;
+        }
+        at = end - pixel;
+      }
+    }
+  };
+  void add(const void* begin, const void* end, bool written) {
+    if (begin == nullptr || streams_ == kMost) return;
+    at_[streams_] = static_cast<const char*>(begin);
+    end_[streams_] = static_cast<const char*>(end);
+    written_[streams_++] = written;
+  }
+
+  static constexpr int kMost = 4, kMostGrids = 2;
+  int streams_ = 0, grids_ = 0;
+  bool written_[kMost];
   const char* at_[kMost];
   const char* end_[kMost];
   int64_t share_[kMost];
+  Grid grid_[kMostGrids];
 };
 
 // A band's scratch should stay in a core's L2 cache beside the weights.

@@ -54,15 +54,31 @@ void merge_partial_sums(const PreactConvDgradParams& params, const A* partial, i
     for (int64_t c = 0; c < 2 * params.g.c; ++c) sums[c] += before[c];
 }
 
+template <typename T> void set_zero(T* out, int64_t pixels, int64_t channels, int64_t first_channel, int64_t last_channel) {
+  constexpr int64_t kAhead = 2048 / sizeof(T), kPiece = 512 / sizeof(T);  // a fourth faster than memset with this
+  if (last_channel - first_channel == channels) {
+    for (T* const end = out + pixels * channels; out < end; out += kPiece) {
+      const int64_t count = min64(kPiece, end - out);
+      for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + kAhead + i, 1);
+      memset(out, 0, size_t(count) * sizeof(T));
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p)
+    memset(out + p * channels + first_channel, 0, size_t(last_channel - first_channel) * sizeof(T));
+}
+
 // Returns false, with everything to be computed again, if not all sums were finite.
 template <typename T> bool winograd_dgrad(const PreactConvDgradParams& params) {
   const ConvGeometry& g = params.g;
   const WinogradPlan plan = plan_winograd<T>({g.n, g.k, g.c, g.p, g.q, g.h, g.w, g.pad_h - 2, g.pad_w - 2});
   float* const partial = partial_sums<float>(params, plan.parts);
-  const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
+  const T* const dz = static_cast<const T*>(params.dz);
+  const bool streamed = should_stream(dz, g.n * g.h * g.w, g.c);
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.dy), make_prologue<float>(nullptr, g.k, 0), params.weight,
       params.weight_layout, true, {static_cast<const T*>(params.x), static_cast<const T*>(params.dz_in)},
+      streamed || params.dz_in == dz ? nullptr : dz,
       [&](int64_t part, int64_t first_channel, int64_t last_channel) {
         return start_epilogue<T>(params, part, first_channel, last_channel, partial, streamed, false);
       });
@@ -135,7 +151,11 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
                      params.weight_layout.stride_k, params.weight_layout.stride_c, taps_r, taps_s);
   });
 
-  const bool streamed = should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
+  // No output reads some pixels of x, where a stride is larger than the kernel: their dz is 0, and adds nothing to the sums.
+  bool sparse = false;
+  for (int64_t phase = 0; phase < phases; ++phase) sparse = sparse || phase_begin[phase] == phase_begin[phase + 1];
+  const bool zeroes = sparse && !params.dz_in;
+  const bool streamed = !zeroes && should_stream(static_cast<const T*>(params.dz), g.n * g.h * g.w, g.c);
   A* const partial = partial_sums<A>(params, parts);
   const Prologue<A> none = make_prologue<A>(nullptr, g.k, 0);
   parallel_for(params.parallel, tasks, [&](int64_t task) {
@@ -162,9 +182,14 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         fill_band<M, T>(band + i * band_units<M>(layout), layout, static_cast<const T*>(params.dy) + (image + i) * g.p * g.q * g.k,
                         g.p, g.q, row0 + eh.least, ew.least, none);
     }
-    const DgradEpilogue<T> epilogue = start_epilogue<T>(
-        params, part, first_block * kOutBlock<A>, min64(g.c, last_block * kOutBlock<A>), partial, streamed,
-        kPairedOutputs<M>);
+    const int64_t first_channel = first_block * kOutBlock<A>, last_channel = min64(g.c, last_block * kOutBlock<A>);
+    const DgradEpilogue<T> epilogue =
+        start_epilogue<T>(params, part, first_channel, last_channel, partial, streamed, kPairedOutputs<M>);
+    if (zeroes) {
+      const int64_t top = row0 * g.stride_h, height = min64(rows * g.stride_h, g.h - top);
+      for (int64_t i = image; i < image + images; ++i)
+        set_zero(epilogue.dz + (i * g.h + top) * g.w * g.c, height * g.w, g.c, first_channel, last_channel);
+    }
     for (int64_t t = 0; t < found; ++t) tap_offsets[t] = (tap_row[t] * layout.slots + tap_col[t]) * B;
 
     Prefetcher next;
@@ -183,9 +208,17 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
         last = (last_image * g.h + min64(g.h, (index + band_rows) * g.stride_h)) * g.w;
       }
       next.add(dy + begin * g.k, dy + end * g.k);
-      // Where dz_in is replaced, three pixels of four are not read.
-      if (!epilogue.replaces) next.add(epilogue.x + first * g.c, epilogue.x + last * g.c);
-      if (epilogue.dz_in && !epilogue.replaces) next.add(epilogue.dz_in + first * g.c, epilogue.dz_in + last * g.c);
+      // Of a stride of 2, three pixels of four are not read.
+      const auto add = [&](const T* tensor) {
+        if (epilogue.replaces || zeroes)
+          next.add_input(g, tensor, first, last);
+        else
+          next.add(tensor + first * g.c, tensor + last * g.c);
+      };
+      add(epilogue.x);
+      if (epilogue.dz_in) add(epilogue.dz_in);
+      if (!streamed && !epilogue.replaces && !zeroes && epilogue.dz != epilogue.dz_in)
+        next.add_output(epilogue.dz + first * g.c, epilogue.dz + last * g.c);
       int64_t advances = 0;
       for (int64_t phase = 0; phase < phases; ++phase)
         advances += advances_per_tile<M>(phase_begin[phase + 1] - phase_begin[phase], pack.in_units);
@@ -198,7 +231,7 @@ template <typename T> void preact_conv_dgrad(const PreactConvDgradParams& params
       const int64_t cols = pointwise ? layout.cols : divide_up(g.w - phase_w, g.stride_w);
       const int64_t top = row0 * g.stride_h + phase_h, first = pointwise ? first_pixel : (image * g.h + top) * g.w + phase_w;
       const int64_t phase_rows = pointwise ? 1 : min64(rows, divide_up(g.h - top, g.stride_h));
-      if (cols <= 0 || phase_rows <= 0 || (epilogue.replaces && phase_taps == 0)) continue;
+      if (cols <= 0 || phase_rows <= 0 || ((epilogue.replaces || zeroes) && phase_taps == 0)) continue;
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t channel = block * kOutBlock<A>;
         const int vectors = pack_vectors<M>(pack, block);

@@ -218,10 +218,11 @@ template <typename T> bool winograd_forward(const PreactConvForwardParams& param
   const ConvGeometry& g = params.g;
   const WinogradPlan plan = plan_winograd<T>({g.n, g.c, g.k, g.h, g.w, g.p, g.q, -g.pad_h, -g.pad_w});
   float* const partial = partial_stats<float>(params, plan.parts);
-  const bool streamed = should_stream(static_cast<const T*>(params.y), g.n * g.p * g.q, g.k);
+  const T* const y = static_cast<const T*>(params.y);
+  const bool streamed = should_stream(y, g.n * g.p * g.q, g.k);
   const bool finite = winograd_convolution<T>(
       params.parallel, plan, static_cast<const T*>(params.x), make_prologue<float>(params.bn, g.c, params.slope),
-      params.weight, params.weight_layout, false, {static_cast<const T*>(params.residual), nullptr},
+      params.weight, params.weight_layout, false, {static_cast<const T*>(params.residual), nullptr}, streamed || params.residual == y ? nullptr : y,
       [&](int64_t part, int64_t first_channel, int64_t last_channel) {
         return start_epilogue<T>(params, part, first_channel, last_channel, partial, streamed);
       });
@@ -323,8 +324,9 @@ template <typename T> void preact_conv_forward(const PreactConvForwardParams& pa
         pixel = (image * g.p + p0) * g.q;
         count = ((last_image - image) * g.p + bands.row_count(part + 1)) * g.q;
       }
-      next.add(x + begin * g.c, x + end * g.c);
+      next.add_input(g, x, begin, end);
       if (epilogue.residual) next.add(epilogue.residual + pixel * g.k, epilogue.residual + (pixel + count) * g.k);
+      if (!streamed && epilogue.y != epilogue.residual) next.add_output(epilogue.y + pixel * g.k, epilogue.y + (pixel + count) * g.k);
       next.divide((last_block - first_block) * images * out_rows * divide_up(out_cols, most_pixels) *
                   advances_per_tile<M>(taps, pack.in_units));
     }

@@ -214,7 +214,7 @@ static WgradUnit<T> wgrad_unit(const PreactConvWgradParams& params, const WgradP
     next_dy = ((index + u.images - 1) * g.p + p0 + u.out_rows) * g.q;
     past_dy = min64(g.n * g.p * g.q, next_dy + u.images * u.out_rows * g.q);
   }
-  u.next.add(x + next_x * g.c, x + past_x * g.c);
+  u.next.add_input(g, x, next_x, past_x);
   u.next.add(dy + next_dy * g.k, dy + past_dy * g.k);
   return u;
 }

@@ -550,12 +550,13 @@ static void fill_winograd_band(float* band, float* largest, const BandLayout& b,
 }
 
 // `input`: [n, in_h, in_w, in_channels]; make_epilogue(part, first_channel, last_channel) starts the epilogue of these
-// channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null. Returns whether all sums were
-// finite.
+// channels of a part; `beside`: tensors of the output's shape that the epilogue reads, or null; output: the one that it writes, null
+// where no line of it should be asked for. Returns whether all sums were finite.
 template <typename T, typename MakeEpilogue>
 static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& plan, const T* input,
                                  const Prologue<float>& prologue, const void* weight, const WeightLayout& layout,
-                                 bool turned, const T* const (&beside)[2], const MakeEpilogue& make_epilogue) {
+                                 bool turned, const T* const (&beside)[2], const T* output,
+                                 const MakeEpilogue& make_epilogue) {
   typedef FilterOf<T> F;
   const WinogradProblem& p = plan.p;
   const PackLayout pack = make_pack<ModeF32>(p.in_channels, p.out_channels, F::kPositions);
@@ -587,6 +588,7 @@ static bool winograd_convolution(const Parallel& parallel, const WinogradPlan& p
       const int64_t pixel = plan.first_pixel(part + 1) * p.out_channels, count = plan.pixels(part + 1) * p.out_channels;
       for (const T* tensor : beside)
         if (tensor) next.add(tensor + pixel, tensor + pixel + count);
+      if (output) next.add_output(output + pixel, output + pixel + count);
     }
     const auto epilogue =
         make_epilogue(part, first_block * kOutBlock<float>, min64(p.out_channels, last_block * kOutBlock<float>));
