@@ -54,7 +54,7 @@ VARIANTS = [("generic", [])]  # position = level, as in cpu_kernels.h
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS += [("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16), ("avx512_amx", AVX512_AMX)]
 # Sources of a level that has only some kernels of its own, and the level before's for the rest.
-VARIANT_SOURCES = {"avx512_amx": ("preact_conv_*.cpp", "table.cpp")}
+VARIANT_SOURCES = {"avx512_amx": ("preact_*.cpp", "table.cpp")}
 
 
 def fail(message):

@@ -538,6 +538,58 @@ class TestAutograd:
             gc.enable()
 
 
+LEVELS = range(len(rf.extension.cpu_levels()) if rf.extension.cpu_available() else 0)
+
+
+class TestGradientOfTheNextUnit:
+    """Of many pixels, a unit's last 1x1 makes the gradient of the next one's input run by run, as it reads it."""
+
+    ROWS = {
+        "over x": lambda dtype: [bottleneck(64, 16, dtype=dtype) for _ in range(3)],
+        "not over x": lambda dtype: [bottleneck(40, 20, dtype=dtype) for _ in range(3)],
+        "a 3x3 reads it": lambda dtype: [basic(32, dtype=dtype), bottleneck(32, 16, dtype=dtype)],
+        "biases": lambda dtype: [
+            UnitArgs(u.norms, [*u.convs[:2], conv(16, 48, dtype=dtype, bias=True)], None, 0.1)
+            for u in (bottleneck(48, 16, dtype=dtype) for _ in range(2))
+        ],
+    }
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("row", ROWS)
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_same_as_one_by_one(self, one_by_one, level, row, dtype):
+        units = self.ROWS[row](dtype)
+        torch.ops.resnet_fused_cpu.set_simd_level(level)
+        try:
+            check_same(one_by_one, batch(units[0].convs[0].weight.shape[1], 3, 21, 22, dtype), units)
+        finally:
+            torch.ops.resnet_fused_cpu.set_simd_level(-1)
+
+    @pytest.mark.parametrize("needed", ["norms", "last weights", "all but the last weights", "first unit"])
+    def test_which_gradients_are_needed(self, one_by_one, needed):
+        units = self.ROWS["over x"](torch.float32)
+        for i, unit in enumerate(units):
+            for tensor in plain.tensors(unit[:3]):
+                if not tensor.requires_grad:
+                    continue
+                last = tensor is unit.convs[-1].weight
+                tensor.requires_grad_(
+                    {"norms": tensor.dim() == 1, "last weights": last, "first unit": i == 0}.get(needed, not last)
+                )
+        check_same(one_by_one, batch(64, 3, 21, 22), units)
+        check_same(one_by_one, batch(64, 3, 21, 22).detach(), units)
+
+    def test_saved_tensors_kept_or_not(self):
+        units = self.ROWS["over x"](torch.float32)
+        x = batch(64, 3, 21, 22)
+        leaves = [t for t in plain.tensors((x, [u[:3] for u in units])) if t.requires_grad]
+        out = residual_units(x, units)
+        dout = torch.randn(out.shape).to(out)
+        kept = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        for a, b in zip(kept, torch.autograd.grad(out, leaves, dout), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.fixture
 def reused(monkeypatch):
     """Of each backward operator's call, whether it was allowed to write over what forward had saved."""

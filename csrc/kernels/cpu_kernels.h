@@ -151,6 +151,8 @@ struct PreactConvWgradParams {
   WeightLayout weight_layout;
   void* dbias;     // acc [K], may be null
   Parallel parallel;
+  // Whose dx is dy, which it makes run by run before it is read: of preact_conv_backward_1x1 only; may be null.
+  const PreactApplyParams* dy_from = nullptr;
 };
 
 // Indexed by DType.

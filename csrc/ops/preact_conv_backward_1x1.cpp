@@ -8,7 +8,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
                                                                     const Tensor& x, const Tensor& bn,
                                                                     const std::optional<Tensor>& dz_in,
                                                                     double slope, bool want_bias,
-                                                                    bool into_dz_in) {
+                                                                    bool into_dz_in, const PendingApply* dy_from) {
   const Activation input = check_activation(x, "input");
   const DType acc = acc_dtype(input.dtype);
   const ConvGeometry g = check_convolution(input, weight, {{1, 1}, {0, 0}, {1, 1}, 1});
@@ -23,6 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   Tensor dweight = torch::stable::empty_like(weight);
   const DType parameter = check_parameter_dtype(weight, "weight", input.dtype);
   if (is_empty(g)) {
+    if (dy_from) run_preact_apply(*dy_from);
     torch::stable::zero_(dweight);
     Tensor dbias = empty_vector(want_bias ? g.k : 0, parameter);
     torch::stable::zero_(dbias);
@@ -33,9 +34,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
   const PreactConvDgradParams dgrad{g, gradient.data, weight.const_data_ptr(), weight_layout(weight, input.dtype),
                                     input.data, bn_rows.const_data_ptr(), slope, optional_data(dz_in), nullptr,
                                     dz.mutable_data_ptr(), sums.mutable_data_ptr(), parallel};
+  std::optional<PreactApplyParams> apply;
+  if (dy_from) apply = params_of(*dy_from);
   const PreactConvWgradParams wgrad{g, gradient.data, input.data, bn_rows.const_data_ptr(), slope,
                                     dweight.mutable_data_ptr(), weight_layout(dweight, input.dtype),
-                                    want_bias ? dbias.mutable_data_ptr() : nullptr, parallel};
+                                    want_bias ? dbias.mutable_data_ptr() : nullptr, parallel, apply ? &*apply : nullptr};
   cpu_kernels().preact_conv_backward_1x1[index_of(input.dtype)](dgrad, wgrad);
   return {dz, sums, dweight, parameter == acc ? dbias : torch::stable::to(dbias, weight.scalar_type())};
 }
@@ -43,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor
 static std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1_op(
     const Tensor& dy, const Tensor& weight, const Tensor& x, const Tensor& bn, const std::optional<Tensor>& dz_in,
     double slope, bool want_bias) {
-  return preact_conv_backward_1x1(dy, weight, x, bn, dz_in, slope, want_bias, false);
+  return preact_conv_backward_1x1(dy, weight, x, bn, dz_in, slope, want_bias, false, nullptr);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {

@@ -62,15 +62,27 @@ std::tuple<Tensor, Tensor> preact_conv_wgrad(const Tensor& dy, const Tensor& x,
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              bool want_bias);
 
-// (dz, sums, dweight, dbias) of a 1x1 convolution with stride 1 and padding 0. into_dz_in: dz takes the memory of dz_in.
+// What preact_apply has checked and is to compute.
+struct PendingApply {
+  Tensor dz, x, coefficients;
+  std::optional<Tensor> dskip;
+  Tensor dx;
+};
+// dx may take the memory that `into` says.
+PendingApply begin_preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                                const std::optional<Tensor>& dskip, ApplyInto into);
+PreactApplyParams params_of(const PendingApply& apply);
+void run_preact_apply(const PendingApply& apply);
+// All of it at once.
+Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
+                    const std::optional<Tensor>& dskip, ApplyInto into);
+
+// (dz, sums, dweight, dbias) of a 1x1 convolution with stride 1 and padding 0. into_dz_in: dz takes the memory of dz_in. dy_from:
+// makes dy first, or none.
 std::tuple<Tensor, Tensor, Tensor, Tensor> preact_conv_backward_1x1(const Tensor& dy, const Tensor& weight,
                                                                     const Tensor& x, const Tensor& bn,
                                                                     const std::optional<Tensor>& dz_in,
                                                                     double slope, bool want_bias,
-                                                                    bool into_dz_in);
-
-// The result may take the memory that `into` says.
-Tensor preact_apply(const Tensor& dz, const Tensor& x, const Tensor& coefficients,
-                    const std::optional<Tensor>& dskip, ApplyInto into);
+                                                                    bool into_dz_in, const PendingApply* dy_from);
 
 }  // namespace resnet_fused

@@ -9,8 +9,34 @@ namespace {
 
 class CpuUnit {
  public:
-  CpuUnit(const Unit& unit, const Tensor& x, const BoolList& combined)
-      : unit_(unit), combined_(combined), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
+  // The gradient of a unit's input, which the last convolution of the unit before makes as it reads it: in memory once, not twice.
+  class Carry {
+   public:
+    void defer(PendingApply apply) { apply_ = std::move(apply); }
+    const PendingApply* apply() const { return apply_ ? &*apply_ : nullptr; }
+    void done() {
+      apply_.reset();
+      for (const Tensor& tensor : releases_) resnet_fused::release(tensor);
+      releases_.clear();
+    }
+    void finish() {
+      if (apply_) run_preact_apply(*apply_);
+      done();
+    }
+    void release(const Tensor& tensor) {
+      if (apply_)
+        releases_.push_back(tensor);
+      else
+        resnet_fused::release(tensor);
+    }
+
+   private:
+    std::optional<PendingApply> apply_;
+    TensorList releases_;
+  };
+
+  CpuUnit(const Unit& unit, const Tensor& x, const BoolList& combined, Carry* carry)
+      : unit_(unit), combined_(combined), carry_(carry), acc_(acc_dtype(check_activation(x, "input").dtype)) {}
 
   Tensor acc_nothing() const { return empty_vector(0, acc_); }
   Tensor nothing_like(const Tensor& tensor) const {
@@ -60,9 +86,11 @@ class CpuUnit {
     RF_CHECK(needs.weight || !needs.bias, "expected the weight's gradient to be needed where the bias' is");
     UnitGradients g{{}, {}, {}, nothing_like(c.weight), nothing_like(c.weight)};
     const bool both = combined_[i] && needs.weight && needs.dz;
+    if (!both) carry_->finish();
     if (both)
       std::tie(g.dz, g.sums, g.dweight, g.dbias) =
-          preact_conv_backward_1x1(dy, c.weight, h, bn, dz_in, unit_.slope, needs.bias, true);
+          preact_conv_backward_1x1(dy, c.weight, h, bn, dz_in, unit_.slope, needs.bias, true, carry_->apply());
+    carry_->done();
     if (needs.weight && !both)
       std::tie(g.dweight, g.dbias) = preact_conv_wgrad(dy, h, bn, c.weight, unit_.slope, c.stride, c.padding,
                                                        c.dilation, c.groups, needs.bias);
@@ -76,12 +104,17 @@ class CpuUnit {
 
   Tensor preact_apply(const Tensor& dz, const Tensor& h, const Tensor& coefficients,
                       const std::optional<Tensor>& dskip, ApplyInto into) const {
-    return resnet_fused::preact_apply(dz, h, coefficients, dskip, into);
+    PendingApply apply = begin_preact_apply(dz, h, coefficients, dskip, into);
+    const Tensor dx = apply.dx;
+    carry_->defer(std::move(apply));
+    if (!dskip) carry_->finish();  // inside of a unit it would keep dz while the next is made
+    return dx;
   }
 
  private:
   const Unit& unit_;
   const BoolList& combined_;  // of each convolution: both gradients by preact_conv_backward_1x1
+  Carry* const carry_;
   DType acc_;
 };
 

@@ -180,7 +180,9 @@ struct UnitGradients {
 // Backend: acc_nothing(), nothing_like(tensor); begin_backward(mask);
 //   gradients(i, dy, h, bn, dz_in, its sums, needs, centre, reuse_bn) with the coefficients of BatchNorm's backward if
 //     `centre`, which may take the memory of bn if `reuse_bn`; dz may take the memory of dz_in;
-//   preact_apply(dz, h, coefficients, dskip, into) into the memory of dz, or of h; finish_backward().
+//   preact_apply(dz, h, coefficients, dskip, into) into the memory of dz, or of h; finish_backward();
+//   Backend::Carry, what units that follow each other share: release(tensor) as soon as nothing is left to be read of it, and
+//     finish() after the last. With it the result of preact_apply for a unit's input may be made by the next gradients().
 // dout: none if nothing is needed. bns: of each BatchNorm the rows that forward made, or the statistics [2, C] that it made
 // them of. reuse_x, reuse_raw: whether gradients may be written over x, over raw. What a convolution has read is needed no
 // more once its BatchNorm's backward has run: dz is then freed in its place, and one tensor less is alive beside what was

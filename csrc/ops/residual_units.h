@@ -122,7 +122,7 @@ void append(std::vector<T>& to, std::vector<T>&& from) {
   to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
 }
 
-// The operator. Backend(unit, x, combined) as in residual_unit.h.
+// The operator. Backend(unit, x, combined, carry; none in forward) as in residual_unit.h.
 template <typename Backend>
 UnitForward residual_units_forward(const Tensor& x, const std::optional<Tensor>& x_stats,
                                    const OptionalTensorList& parameters, const Tensor& options,
@@ -138,7 +138,7 @@ UnitForward residual_units_forward(const Tensor& x, const std::optional<Tensor>&
   RunningStatsUpdates updates;
   for (size_t u = 0; u < units.size(); ++u) {
     const bool last = u + 1 == units.size();
-    Backend backend(units[u], h, none);
+    Backend backend(units[u], h, none, nullptr);
     auto [y, y_stats, unit_raw, unit_stats, unit_bns] = residual_unit_forward(
         backend, units[u], h, h_stats, last ? want_stats : units[u + 1].norms[0].training, want_raw, updates);
     // Those of a later unit's input are an output of the operator, not an argument of it.
@@ -182,6 +182,7 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
            output_mask.begin() + first + size;
   };
 
+  typename Backend::Carry carry;
   Tensor dx = dout;
   bool needed = true;
   OptionalTensorList gradients(output_mask.size());
@@ -200,7 +201,7 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
     if (unit.projects) both.push_back(combined[n + u]);
 
     const Tensor& h = begin == 0 ? x : raw[begin - 1];
-    Backend backend(unit, h, both);
+    Backend backend(unit, h, both, &carry);
     auto of_unit = residual_unit_backward(
         backend, unit, needed ? std::optional<Tensor>(dx) : std::nullopt, h,
         TensorList(raw.begin() + begin, raw.begin() + end - 1),
@@ -215,10 +216,11 @@ TensorList residual_units_backward(const Tensor& dout, const Tensor& x, const Te
     gradients[shortcuts + u] = std::move(dshortcut_weight);
     gradients[shortcut_biases + u] = std::move(dshortcut_bias);
     dx = std::move(unit_dx);
-    if (reuse_raw && end < n) release(raw[end - 1]);  // this unit's output, which the gradient of was written over
+    if (reuse_raw && end < n) carry.release(raw[end - 1]);  // this unit's output, which the gradient of was written over
     needed = below;
     end = begin;
   }
+  carry.finish();
   if (output_mask[0]) gradients[0] = std::move(dx);
   TensorList wanted;
   for (size_t i = 0; i < gradients.size(); ++i)

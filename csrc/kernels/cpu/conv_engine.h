@@ -264,7 +264,7 @@ class Prefetcher {
     written_[streams_++] = written;
   }
 
-  static constexpr int kMost = 4, kMostGrids = 2;
+  static constexpr int kMost = 5, kMostGrids = 2;
   int streams_ = 0, grids_ = 0;
   bool written_[kMost];
   const char* at_[kMost];

@@ -75,9 +75,29 @@ template <typename T> void preact_apply(const PreactApplyParams& params) {
   });
 }
 
+template <typename T>
+void preact_apply_run(const PreactApplyParams& params, int64_t first_pixel, int64_t pixels) {
+  const int64_t first = first_pixel * params.channels;
+  PreactApplyParams run = params;
+  run.pixels = pixels;
+  run.dz = static_cast<const T*>(params.dz) + first;
+  run.x = static_cast<const T*>(params.x) + first;
+  if (params.dskip) run.dskip = static_cast<const T*>(params.dskip) + first;
+  run.dx = static_cast<T*>(params.dx) + first;
+  run.parallel.run = [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
+    for (int64_t i = 0; i < tasks; ++i) task(i, context);
+  };
+  preact_apply<T>(run);
+}
+
+#if RF_LEVEL < 4
 template void preact_apply<float>(const PreactApplyParams&);
 template void preact_apply<double>(const PreactApplyParams&);
+template void preact_apply_run<float>(const PreactApplyParams&, int64_t, int64_t);
+template void preact_apply_run<double>(const PreactApplyParams&, int64_t, int64_t);
+#endif
 template void preact_apply<bf16>(const PreactApplyParams&);
+template void preact_apply_run<bf16>(const PreactApplyParams&, int64_t, int64_t);
 
 }  // namespace RF_VARIANT
 }  // namespace resnet_fused

@@ -21,6 +21,7 @@ template <typename T> static bool fits_pixel_pairs(const ConvGeometry& g) {
 template <typename T>
 void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactConvWgradParams& wgrad) {
   if (product_fits<T>(wgrad)) {  // few pixels: both tensors stay in the caches between the two
+    if (wgrad.dy_from) preact_apply<T>(*wgrad.dy_from);
     preact_conv_dgrad<T>(dgrad);
     preact_conv_wgrad<T>(wgrad);
     return;
@@ -54,6 +55,7 @@ void preact_conv_backward_1x1(const PreactConvDgradParams& dgrad, const PreactCo
   run_parts<T>(wgrad, plan, [&](int64_t part, int64_t unit, const RunPairs& activations) {
     const int64_t first = unit * plan.chunk, pixels = min64(plan.chunk, plan.pixels - first);
     A* const sums = partial + part * 2 * g.c;
+    if (wgrad.dy_from) preact_apply_run<T>(*wgrad.dy_from, first, pixels);
 #if RF_LEVEL >= 3
     if constexpr (kPairedOutputs<M>)
       if (paired) {

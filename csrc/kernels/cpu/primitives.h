@@ -15,6 +15,8 @@ template <typename T> void bn_act_pool_forward(const BnActPoolParams& params);
 template <typename T> void bn_act_pool_backward(const BnActPoolParams& params);
 template <typename T> void bn_act_pool_apply(const BnActPoolParams& params);
 template <typename T> void preact_apply(const PreactApplyParams& params);
+// The same of some pixels, by this thread.
+template <typename T> void preact_apply_run(const PreactApplyParams& params, int64_t first_pixel, int64_t pixels);
 template <typename T> void residual_add(const ResidualAddParams& params);
 template <typename T> void max_pool_forward(const MaxPoolParams& params);
 template <typename T> void max_pool_backward(const MaxPoolParams& params);

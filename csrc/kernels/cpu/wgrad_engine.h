@@ -215,7 +215,19 @@ static WgradUnit<T> wgrad_unit(const PreactConvWgradParams& params, const WgradP
     past_dy = min64(g.n * g.p * g.q, next_dy + u.images * u.out_rows * g.q);
   }
   u.next.add_input(g, x, next_x, past_x);
-  u.next.add(dy + next_dy * g.k, dy + past_dy * g.k);
+  if (const PreactApplyParams* const from = params.dy_from) {
+    const int64_t begin = next_dy * g.k, end = past_dy * g.k;
+    const auto add = [&](const void* tensor) {
+      if (tensor) u.next.add(static_cast<const T*>(tensor) + begin, static_cast<const T*>(tensor) + end);
+    };
+    add(from->dz);
+    add(from->x);
+    add(from->dskip);
+    const T* const dx = static_cast<const T*>(from->dx);
+    if (dx != from->dz && dx != from->x) u.next.add_output(dx + begin, dx + end);
+  } else {
+    u.next.add(dy + next_dy * g.k, dy + past_dy * g.k);
+  }
   return u;
 }
 

@@ -10,7 +10,12 @@ namespace {
 
 class CudaUnit {
  public:
-  CudaUnit(const Unit& unit, const Tensor& x, const BoolList& combined)
+  struct Carry {
+    void release(const Tensor& tensor) const { resnet_fused::release(tensor); }
+    void finish() const {}
+  };
+
+  CudaUnit(const Unit& unit, const Tensor& x, const BoolList& combined, Carry*)
       : unit_(unit), x_(check_activation(x, "input")), target_(x), combined_(combined) {
     // The activation that each convolution reads, and its geometry.
     Activation input = x_;
